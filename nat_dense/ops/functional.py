@@ -1,0 +1,202 @@
+"""The operator: signature, validation, registration with torch.library, dispatch to a back end.
+
+`na2d` checks its arguments once and calls `torch.ops.nat_dense.na2d`, which torch.compile and torch.export see as one
+opaque operator with a shape rule, a gradient and an autocast rule. The back end is chosen when it runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nat_dense.ops import backends
+from nat_dense.ops.problem import Pair, Problem, accumulation_dtype, completed_size
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def na2d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int | Pair,
+    dilation: int | Pair = 1,
+    rpb: Tensor | None = None,
+    scale: float | None = None,
+    *,
+    pad_key: Tensor | None = None,
+    pad_value: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """2-D neighborhood attention with an optional relative position bias.
+
+    Every query attends to exactly `kernel_size` tokens, `dilation` apart, centred on it; at a border the window
+    shifts, it does not shrink.
+
+    Args:
+        query, key, value: [B, H, W, heads, head_dim], one dtype of float64, float32, bfloat16, float16. Any strides;
+            views of a fused qkv projection go in without a copy while head_dim has unit stride.
+        kernel_size: Window in tokens, an int or (rows, columns); odd, > 1.
+        dilation: Distance of neighbouring window tokens, an int or (rows, columns); >= 1.
+        rpb: [heads, 2 * rows - 1, 2 * columns - 1], added to the logits; in the dtype of `query` or float32.
+        scale: Multiplies the query; head_dim ** -0.5 when None.
+        pad_key, pad_value: [heads, head_dim], both or neither. With them the map may be smaller than
+            `kernel_size * dilation`: it counts as completed to that size on the right and bottom with tokens that all
+            have this key and value (which is what zero-padding before a qkv projection makes of its biases).
+        backend: "auto", or a name of `backends.TABLE`, which runs or raises.
+
+    Returns:
+        [B, H, W, heads, head_dim] in the dtype of `query` (under autocast: in autocast's).
+
+    Raises:
+        ValueError: Shapes, dtypes, kernel size, dilation or back-end name that don't fit, with what was found.
+        RuntimeError: The named back end can't run this.
+
+    Source: NAT (arXiv:2204.07143) section 3.1, DiNAT (arXiv:2209.15001) section 3.1.
+    """
+    kernel_size, dilation = _pair("kernel_size", kernel_size), _pair("dilation", dilation)
+    _check_tensors(query, key, value)
+    _check_window(query, kernel_size, dilation, padded=pad_key is not None)
+    _check_extras(query, rpb, pad_key, pad_value, kernel_size)
+    backends.check_name(backend)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    out, _ = torch.ops.nat_dense.na2d(
+        query, key, value, rpb, pad_key, pad_value, list(kernel_size), list(dilation), scale, backend
+    )
+    return out
+
+
+def _pair(name: str, value: int | Pair) -> Pair:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or any(not isinstance(n, int) or isinstance(n, bool) for n in pair):
+        raise ValueError(f"{name}={value!r}: expected an int or a pair of ints (rows, columns)")
+    return pair
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if query.dim() != 5 or not query.shape == key.shape == value.shape:
+        raise ValueError(f"{shapes}: expected three tensors of one shape [B, H, W, heads, head_dim]")
+    if 0 in query.shape[1:]:
+        raise ValueError(f"{shapes}: expected at least one row, column, head and channel (only the batch may be empty)")
+    if query.dtype not in DTYPES or not query.dtype == key.dtype == value.dtype:
+        raise ValueError(f"query {query.dtype}, key {key.dtype}, value {value.dtype}: expected one dtype of {', '.join(map(str, DTYPES))}")
+    if not query.device == key.device == value.device:
+        raise ValueError(f"query on {query.device}, key on {key.device}, value on {value.device}: expected one device")
+
+
+def _check_window(query: Tensor, kernel_size: Pair, dilation: Pair, padded: bool) -> None:
+    if any(k < 3 or k % 2 == 0 for k in kernel_size):
+        raise ValueError(f"kernel_size={kernel_size}: expected odd numbers >= 3")
+    if any(d < 1 for d in dilation):
+        raise ValueError(f"dilation={dilation}: expected numbers >= 1")
+    size = (query.shape[1], query.shape[2])
+    if not padded and completed_size(size, kernel_size, dilation) != size:
+        raise ValueError(
+            f"map of {size[0]} x {size[1]} tokens is smaller than kernel_size * dilation = "
+            f"{kernel_size[0] * dilation[0]} x {kernel_size[1] * dilation[1]}: use a smaller window, or pass pad_key and "
+            "pad_value (NeighborhoodAttention2D does) to complete it"
+        )
+
+
+def _check_extras(query: Tensor, rpb: Tensor | None, pad_key: Tensor | None, pad_value: Tensor | None, kernel_size: Pair) -> None:
+    heads, dim = query.shape[3:]
+    expected = {"rpb": (heads, *(2 * k - 1 for k in kernel_size)), "pad_key": (heads, dim), "pad_value": (heads, dim)}
+    for name, tensor in (("rpb", rpb), ("pad_key", pad_key), ("pad_value", pad_value)):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != expected[name]:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {expected[name]} for {heads} heads of {dim}, kernel_size {kernel_size}")
+        if tensor.dtype not in (query.dtype, torch.float32):
+            raise ValueError(f"{name} is {tensor.dtype}; expected {query.dtype} (the query's) or torch.float32")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}; expected {query.device} (the query's)")
+    if (pad_key is None) != (pad_value is None):
+        raise ValueError("pad_key and pad_value go together: pass both or neither")
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+_ARGUMENTS = "Tensor query, Tensor key, Tensor value, Tensor? rpb, Tensor? pad_key, Tensor? pad_value"
+_SETTINGS = "int[2] kernel_size, int[2] dilation, float scale, str backend"
+torch.library.define("nat_dense::na2d", f"({_ARGUMENTS}, {_SETTINGS}) -> (Tensor out, Tensor lse)")
+torch.library.define(
+    "nat_dense::na2d_backward",
+    f"(Tensor grad_out, {_ARGUMENTS}, Tensor out, Tensor lse, {_SETTINGS}) "
+    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_rpb, Tensor grad_pad_key, Tensor grad_pad_value)",
+)
+
+
+def _run(pass_name, tensors, rpb, kernel_size, dilation, scale, backend, needs_grad):
+    """Chooses the back end and calls it with tensors whose head_dim has unit stride."""
+    tensors = [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors]
+    kernel_size, dilation = tuple(kernel_size), tuple(dilation)
+    query = tensors[0] if pass_name == "forward" else tensors[1]
+    problem = Problem.of(query, rpb, kernel_size, dilation, needs_grad)
+    row, variant = backends.select(problem, backend)
+    keywords = {"variant": variant} if row.variants else {}
+    return getattr(row, pass_name)(*tensors, kernel_size, dilation, scale, **keywords)
+
+
+@torch.library.impl("nat_dense::na2d", "CompositeExplicitAutograd")
+def _na2d(query, key, value, rpb, pad_key, pad_value, kernel_size, dilation, scale, backend):
+    if query.numel() == 0:
+        return _na2d_fake(query, key, value, rpb, pad_key, pad_value, kernel_size, dilation, scale, backend)
+    tensors = (query, key, value, rpb, pad_key, pad_value)
+    needs_grad = any(t is not None and t.requires_grad for t in tensors)
+    return _run("forward", tensors, rpb, kernel_size, dilation, scale, backend, needs_grad)
+
+
+@torch.library.register_fake("nat_dense::na2d")
+def _na2d_fake(query, key, value, rpb, pad_key, pad_value, kernel_size, dilation, scale, backend):
+    return query.new_empty(query.shape), query.new_empty(query.shape[:4], dtype=accumulation_dtype(query.dtype))
+
+
+@torch.library.impl("nat_dense::na2d_backward", "CompositeExplicitAutograd")
+def _na2d_backward(grad_out, query, key, value, rpb, pad_key, pad_value, out, lse, kernel_size, dilation, scale, backend):
+    if query.numel() == 0:
+        fake = _na2d_backward_fake(grad_out, query, key, value, rpb, pad_key, pad_value, out, lse, kernel_size, dilation, scale, backend)
+        return tuple(gradient.zero_() for gradient in fake)
+    tensors = (grad_out, query, key, value, rpb, pad_key, pad_value, out, lse)
+    gradients = _run("backward", tensors, rpb, kernel_size, dilation, scale, backend, True)
+    return tuple(query.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+@torch.library.register_fake("nat_dense::na2d_backward")
+def _na2d_backward_fake(grad_out, query, key, value, rpb, pad_key, pad_value, out, lse, kernel_size, dilation, scale, backend):
+    return tuple(query.new_empty(0) if t is None else t.new_empty(t.shape) for t in (query, key, value, rpb, pad_key, pad_value))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.kernel_size, ctx.dilation, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx, grad_out, _grad_lse):
+    *tensors, out, lse = ctx.saved_tensors
+    gradients = torch.ops.nat_dense.na2d_backward(
+        grad_out, *tensors, out, lse, ctx.kernel_size, ctx.dilation, ctx.scale, ctx.backend
+    )
+    wanted = (gradient if t is not None else None for gradient, t in zip(gradients, tensors, strict=True))
+    return *wanted, None, None, None, None
+
+
+torch.library.register_autograd("nat_dense::na2d", _gradients, setup_context=_setup_context)
+
+
+def _autocast(device_type: str):
+    """Query, key and value go to autocast's dtype together; the small tensors keep float32, which kernels accept."""
+
+    def cast(query, key, value, rpb, pad_key, pad_value, kernel_size, dilation, scale, backend):
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch.amp.autocast(device_type, enabled=False):
+            lowered = [t if t.dtype is torch.float64 else t.to(dtype) for t in (query, key, value)]
+            extras = [t if t is None or t.dtype in (dtype, torch.float32) else t.to(torch.float32) for t in (rpb, pad_key, pad_value)]
+            return torch.ops.nat_dense.na2d(*lowered, *extras, kernel_size, dilation, scale, backend)
+
+    return cast
+
+
+for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    torch.library.impl("nat_dense::na2d", _key)(_autocast(_device))
