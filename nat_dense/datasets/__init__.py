@@ -1,0 +1,1 @@
+"""Data sets: the generated shapes, for trying everything out without a download."""
