@@ -62,7 +62,9 @@ def select(problem: Problem, name: str = "auto") -> tuple[Backend, str]:
     row = next(row for row in TABLE if row.name == base)
     reason = row.why_not(problem, variant)
     if reason is not None:
-        raise RuntimeError(f"backend={name!r} can't run {problem}: {reason}. Use backend='auto' to let the table choose")
+        raise RuntimeError(
+            f"backend={name!r} can't run {problem}: {reason}. Use backend='auto' to let the table choose"
+        )
     return row, variant
 
 

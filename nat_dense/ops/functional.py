@@ -67,7 +67,7 @@ def na2d(
 
 
 def _pair(name: str, value: int | Pair) -> Pair:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, list | tuple) else (value, value)
     if len(pair) != 2 or any(not isinstance(n, int) or isinstance(n, bool) for n in pair):
         raise ValueError(f"{name}={value!r}: expected an int or a pair of ints (rows, columns)")
     return pair
@@ -80,7 +80,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     if 0 in query.shape[1:]:
         raise ValueError(f"{shapes}: expected at least one row, column, head and channel (only the batch may be empty)")
     if query.dtype not in DTYPES or not query.dtype == key.dtype == value.dtype:
-        raise ValueError(f"query {query.dtype}, key {key.dtype}, value {value.dtype}: expected one dtype of {', '.join(map(str, DTYPES))}")
+        found = f"query {query.dtype}, key {key.dtype}, value {value.dtype}"
+        raise ValueError(f"{found}: expected one dtype of {', '.join(map(str, DTYPES))}")
     if not query.device == key.device == value.device:
         raise ValueError(f"query on {query.device}, key on {key.device}, value on {value.device}: expected one device")
 
@@ -94,19 +95,22 @@ def _check_window(query: Tensor, kernel_size: Pair, dilation: Pair, padded: bool
     if not padded and completed_size(size, kernel_size, dilation) != size:
         raise ValueError(
             f"map of {size[0]} x {size[1]} tokens is smaller than kernel_size * dilation = "
-            f"{kernel_size[0] * dilation[0]} x {kernel_size[1] * dilation[1]}: use a smaller window, or pass pad_key and "
-            "pad_value (NeighborhoodAttention2D does) to complete it"
+            f"{kernel_size[0] * dilation[0]} x {kernel_size[1] * dilation[1]}: use a smaller window, or pass "
+            "pad_key and pad_value (NeighborhoodAttention2D does) to complete it"
         )
 
 
-def _check_extras(query: Tensor, rpb: Tensor | None, pad_key: Tensor | None, pad_value: Tensor | None, kernel_size: Pair) -> None:
+def _check_extras(
+    query: Tensor, rpb: Tensor | None, pad_key: Tensor | None, pad_value: Tensor | None, kernel_size: Pair
+) -> None:
     heads, dim = query.shape[3:]
     expected = {"rpb": (heads, *(2 * k - 1 for k in kernel_size)), "pad_key": (heads, dim), "pad_value": (heads, dim)}
     for name, tensor in (("rpb", rpb), ("pad_key", pad_key), ("pad_value", pad_value)):
         if tensor is None:
             continue
         if tuple(tensor.shape) != expected[name]:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {expected[name]} for {heads} heads of {dim}, kernel_size {kernel_size}")
+            wanted = f"{expected[name]} for {heads} heads of {dim}, kernel_size {kernel_size}"
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {wanted}")
         if tensor.dtype not in (query.dtype, torch.float32):
             raise ValueError(f"{name} is {tensor.dtype}; expected {query.dtype} (the query's) or torch.float32")
         if tensor.device != query.device:
@@ -123,7 +127,8 @@ torch.library.define("nat_dense::na2d", f"({_ARGUMENTS}, {_SETTINGS}) -> (Tensor
 torch.library.define(
     "nat_dense::na2d_backward",
     f"(Tensor grad_out, {_ARGUMENTS}, Tensor out, Tensor lse, {_SETTINGS}) "
-    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_rpb, Tensor grad_pad_key, Tensor grad_pad_value)",
+    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_rpb, Tensor grad_pad_key, "
+    "Tensor grad_pad_value)",
 )
 
 
@@ -153,9 +158,13 @@ def _na2d_fake(query, key, value, rpb, pad_key, pad_value, kernel_size, dilation
 
 
 @torch.library.impl("nat_dense::na2d_backward", "CompositeExplicitAutograd")
-def _na2d_backward(grad_out, query, key, value, rpb, pad_key, pad_value, out, lse, kernel_size, dilation, scale, backend):
+def _na2d_backward(
+    grad_out, query, key, value, rpb, pad_key, pad_value, out, lse, kernel_size, dilation, scale, backend
+):
     if query.numel() == 0:
-        fake = _na2d_backward_fake(grad_out, query, key, value, rpb, pad_key, pad_value, out, lse, kernel_size, dilation, scale, backend)
+        fake = _na2d_backward_fake(
+            grad_out, query, key, value, rpb, pad_key, pad_value, out, lse, kernel_size, dilation, scale, backend
+        )
         return tuple(gradient.zero_() for gradient in fake)
     tensors = (grad_out, query, key, value, rpb, pad_key, pad_value, out, lse)
     gradients = _run("backward", tensors, rpb, kernel_size, dilation, scale, backend, True)
@@ -163,8 +172,12 @@ def _na2d_backward(grad_out, query, key, value, rpb, pad_key, pad_value, out, ls
 
 
 @torch.library.register_fake("nat_dense::na2d_backward")
-def _na2d_backward_fake(grad_out, query, key, value, rpb, pad_key, pad_value, out, lse, kernel_size, dilation, scale, backend):
-    return tuple(query.new_empty(0) if t is None else t.new_empty(t.shape) for t in (query, key, value, rpb, pad_key, pad_value))
+def _na2d_backward_fake(
+    grad_out, query, key, value, rpb, pad_key, pad_value, out, lse, kernel_size, dilation, scale, backend
+):
+    return tuple(
+        query.new_empty(0) if t is None else t.new_empty(t.shape) for t in (query, key, value, rpb, pad_key, pad_value)
+    )
 
 
 def _setup_context(ctx, inputs, output):
@@ -185,6 +198,13 @@ def _gradients(ctx, grad_out, _grad_lse):
 torch.library.register_autograd("nat_dense::na2d", _gradients, setup_context=_setup_context)
 
 
+def _refuse_second_derivative(_ctx, *_grads):
+    raise RuntimeError("na2d has no second derivative; nat_dense.ops.reference.forward on plain tensors has")
+
+
+torch.library.register_autograd("nat_dense::na2d_backward", _refuse_second_derivative)
+
+
 def _autocast(device_type: str):
     """Query, key and value go to autocast's dtype together; the small tensors keep float32, which kernels accept."""
 
@@ -192,7 +212,10 @@ def _autocast(device_type: str):
         dtype = torch.get_autocast_dtype(device_type)
         with torch.amp.autocast(device_type, enabled=False):
             lowered = [t if t.dtype is torch.float64 else t.to(dtype) for t in (query, key, value)]
-            extras = [t if t is None or t.dtype in (dtype, torch.float32) else t.to(torch.float32) for t in (rpb, pad_key, pad_value)]
+            extras = [
+                t if t is None or t.dtype in (dtype, torch.float32) else t.to(torch.float32)
+                for t in (rpb, pad_key, pad_value)
+            ]
             return torch.ops.nat_dense.na2d(*lowered, *extras, kernel_size, dilation, scale, backend)
 
     return cast

@@ -35,7 +35,9 @@ class Problem:
     needs_grad: bool = False
 
     @classmethod
-    def of(cls, query: Tensor, rpb: Tensor | None, kernel_size: Pair, dilation: Pair, needs_grad: bool = False) -> Problem:
+    def of(
+        cls, query: Tensor, rpb: Tensor | None, kernel_size: Pair, dilation: Pair, needs_grad: bool = False
+    ) -> Problem:
         return cls(
             size=(query.shape[1], query.shape[2]),
             kernel_size=kernel_size,

@@ -23,7 +23,9 @@ The forward pass holds two such tensors at a time (keys, values), the backward p
 """
 
 
-def window_indices(length: int, kernel: int, dilation: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+def window_indices(
+    length: int, kernel: int, dilation: int, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """Which tokens each query of one axis attends to, and with which bias.
 
     Tokens with the same index modulo `dilation` form a group; the window is `kernel` consecutive members of the
@@ -105,7 +107,10 @@ def backward(
     """
     acc = accumulation_dtype(query.dtype)
     height, width = query.shape[1:3]
-    full_key, full_value = _complete(key, pad_key, kernel_size, dilation), _complete(value, pad_value, kernel_size, dilation)
+    full_key, full_value = (
+        _complete(key, pad_key, kernel_size, dilation),
+        _complete(value, pad_value, kernel_size, dilation),
+    )
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     grad_key = torch.zeros(full_key.shape, dtype=acc, device=key.device)
     grad_value = torch.zeros(full_value.shape, dtype=acc, device=key.device)
@@ -121,12 +126,16 @@ def backward(
         chunk.scatter_add(grad_value, torch.einsum("brwnkl,brwnd->brkwlnd", weights, g))
         if grad_rpb is not None:
             per_offset = grad_logits.sum(0).permute(2, 0, 3, 1, 4)  # [N, R, K, W, L]
-            grad_rpb.index_put_((torch.arange(len(grad_rpb), device=rpb.device)[:, None, None, None, None], *chunk.offsets), per_offset, accumulate=True)
+            grad_rpb.index_put_(
+                (torch.arange(len(grad_rpb), device=grad_rpb.device)[:, None, None, None, None], *chunk.offsets),
+                per_offset,
+                accumulate=True,
+            )
     return (
         grad_query,
         grad_key[:, :height, :width].to(key.dtype).contiguous(),
         grad_value[:, :height, :width].to(value.dtype).contiguous(),
-        None if rpb is None else grad_rpb.to(rpb.dtype),
+        None if grad_rpb is None or rpb is None else grad_rpb.to(rpb.dtype),
         _pad_gradient(grad_key, pad_key, (height, width)),
         _pad_gradient(grad_value, pad_value, (height, width)),
     )
@@ -138,7 +147,8 @@ class _Chunk:
     def __init__(self, rows: slice, row_window: tuple[Tensor, Tensor], column_window: tuple[Tensor, Tensor]):
         self.rows = rows
         self.positions, self.offsets = (
-            (by_row[rows, :, None, None], by_column[None, None]) for by_row, by_column in zip(row_window, column_window, strict=True)
+            (by_row[rows, :, None, None], by_column[None, None])
+            for by_row, by_column in zip(row_window, column_window, strict=True)
         )  # each a pair that broadcasts to [R, K, W, L]
 
     def gather(self, tokens: Tensor) -> Tensor:
@@ -153,7 +163,9 @@ class _Chunk:
 
 def _chunks(query: Tensor, kernel_size: Pair, dilation: Pair) -> Iterator[_Chunk]:
     batch, height, width, heads, dim = query.shape
-    windows = [window_indices(n, k, d, query.device) for n, k, d in zip((height, width), kernel_size, dilation, strict=True)]
+    windows = [
+        window_indices(n, k, d, query.device) for n, k, d in zip((height, width), kernel_size, dilation, strict=True)
+    ]
     row_bytes = batch * width * heads * dim * kernel_size[0] * kernel_size[1] * accumulation_dtype(query.dtype).itemsize
     step = max(1, CHUNK_BYTES // max(1, row_bytes))
     for start in range(0, height, step):

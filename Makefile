@@ -1,0 +1,51 @@
+# make quickstart   trains a small NAT detector and segmentor on generated data and shows what they see
+# make test         the tests
+# Both set up .venv first, and do nothing twice.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+SOURCES := setup.py setup.cfg pyproject.toml $(wildcard nat_dense/ops/csrc/*)
+
+.PHONY: quickstart test test-slow test-gpu lint format clean setup
+
+quickstart: $(VENV)/.installed
+	$(BIN)/python tools/quickstart.py
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# Needs torch and triton alone: runs with any Python that has them, `make test-gpu PYTHON=python3`.
+test-gpu:
+	$(PYTHON) -m pytest -m gpu tests/ops
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup: $(VENV)/.installed
+
+$(VENV)/.torch:
+	@PYTHON="$(PYTHON)" sh tools/check_prerequisites.sh
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install "$(TORCH)"
+	$(BIN)/python -m pip install setuptools wheel ninja psutil
+	@touch $@
+
+# onedl-mmcv compiles here the first time, for about ten minutes on two cores; pip keeps its wheel.
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	MAX_JOBS=$(JOBS) $(BIN)/python -m pip install --no-build-isolation --editable ".[mm,dev]"
+	@touch $@
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache

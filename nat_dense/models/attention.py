@@ -1,0 +1,130 @@
+"""The attention module: projections around the operator."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from nat_dense.models.layers import Linear
+from nat_dense.ops import na2d, reference
+from nat_dense.ops.backends import check_name
+from nat_dense.ops.problem import completed_size
+
+
+class NeighborhoodAttention2D(nn.Module):
+    """Multi-head neighborhood attention over a map of tokens.
+
+    Args:
+        dim: Channels.
+        num_heads: Heads; divides `dim`.
+        kernel_size: Side of the window in tokens; odd, > 1.
+        dilation: Distance of neighbouring window tokens.
+        qkv_bias: Whether the qkv projection has a bias.
+        qk_scale: Multiplies the query; (dim / num_heads) ** -0.5 when None.
+        attn_drop: Probability of dropping an attention weight in training. Above 0, training runs the reference.
+        proj_drop: Probability of dropping an output of the projection in training.
+        rpb: Whether a learned relative position bias is added to the logits.
+        backend: As in `nat_dense.ops.na2d`.
+
+    Raises:
+        ValueError: `dim` is not divisible by `num_heads`, or a field is out of range.
+
+    Source: NAT (arXiv:2204.07143) section 3.2, DiNAT (arXiv:2209.15001) section 3.2.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: int = 7,
+        dilation: int = 1,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        rpb: bool = True,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"dim={dim} is not divisible by num_heads={num_heads}")
+        if kernel_size < 3 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={kernel_size}: expected an odd number >= 3")
+        if dilation < 1:
+            raise ValueError(f"dilation={dilation}: expected a number >= 1")
+        check_name(backend)
+        self.num_heads = num_heads
+        self.kernel_size = kernel_size
+        self.dilation = dilation
+        self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
+        self.attn_drop = attn_drop
+        self.backend = backend
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        bias = torch.empty(num_heads, 2 * kernel_size - 1, 2 * kernel_size - 1)
+        self.rpb = nn.Parameter(nn.init.trunc_normal_(bias, std=0.02)) if rpb else None
+        self.proj = Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, dim] -> [B, H, W, dim].
+
+        A map smaller than the dilated window counts as zero-padded on the right and bottom before the projection, as
+        in the released models: its padding is attended to and has the projection's biases as key and value.
+        """
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        query, key, value = qkv.unbind(3)  # [B, H, W, heads, head_dim]
+        out = self._attend(query, key, value, *self._padding(query))
+        return self.proj_drop(self.proj(out.flatten(-2)))
+
+    def _padding(self, query: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Key and value [heads, head_dim] of a padded token, None where the map needs no padding."""
+        size = (query.shape[1], query.shape[2])
+        if completed_size(size, (self.kernel_size,) * 2, (self.dilation,) * 2) == size:
+            return None, None
+        if self.qkv.bias is None:
+            zeros = query.new_zeros(query.shape[3:])
+            return zeros, zeros
+        _, key, value = self.qkv.bias.view(3, *query.shape[3:])
+        return key, value
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, pad_key: Tensor | None, pad_value: Tensor | None
+    ) -> Tensor:
+        if self.training and self.attn_drop > 0:
+            _warn_attention_dropout()
+            window = (self.kernel_size,) * 2, (self.dilation,) * 2
+            return reference.forward(
+                query, key, value, self.rpb, pad_key, pad_value, *window, self.scale, dropout=self.attn_drop
+            )[0]
+        return na2d(
+            query,
+            key,
+            value,
+            self.kernel_size,
+            self.dilation,
+            self.rpb,
+            self.scale,
+            pad_key=pad_key,
+            pad_value=pad_value,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        names = ("num_heads", "kernel_size", "dilation", "backend")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+_warned = False
+
+
+def _warn_attention_dropout() -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            "attention dropout > 0: training runs the slow reference operator, the fused ones have no dropout. "
+            "The published models train with 0; use drop_path_rate to regularise",
+            stacklevel=4,
+        )

@@ -1,0 +1,265 @@
+"""What NAT, DiNAT and DiNAT_s share: fields, stages, outputs, freezing, initial weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import torch
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nat_dense.models import variants
+from nat_dense.models.attention import NeighborhoodAttention2D
+from nat_dense.models.layers import DropPath, Mlp
+
+Dilations = str | Sequence[Sequence[int]] | None
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm, with optional layer scale and stochastic depth.
+
+    Source: NAT (arXiv:2204.07143) figure 3; layer scale: CaiT (arXiv:2103.17239) equation 4.
+    """
+
+    def __init__(
+        self, dim: int, mlp_ratio: float, layer_scale: float | None, drop_path: float, drop: float, attention: dict
+    ):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = NeighborhoodAttention2D(dim, proj_drop=drop, **attention)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+        self.drop_path = DropPath(drop_path)
+        self.gamma1 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
+        self.gamma2 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, C]."""
+        x = x + self.drop_path(_scaled(self.attn(self.norm1(x)), self.gamma1))
+        return x + self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma2))
+
+
+def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
+    return x if gamma is None else gamma * x
+
+
+class Stage(nn.Module):
+    """Blocks of one resolution and, on all stages but the last, a downsampler."""
+
+    def __init__(self, blocks: Sequence[Block], downsample: nn.Module | None, with_cp: bool):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+        self.with_cp = with_cp
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, H, W, C] -> the map after the blocks, and what the next stage takes."""
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.with_cp and self.training else block(x)
+        return x, x if self.downsample is None else self.downsample(x)
+
+
+class NeighborhoodBackbone(BaseModule):
+    """Hierarchical backbone of neighborhood attention blocks; see its subclasses.
+
+    Args:
+        arch: A row of `variants.py` ("tiny", ...), which gives the architecture's fields. Fields that are set win.
+        embed_dim: Channels of the first stage; each stage doubles them.
+        depths: Blocks a stage.
+        num_heads: Heads a stage.
+        mlp_ratio: Hidden channels of an MLP over its channels.
+        kernel_size: Side of the attention window in tokens; odd, > 1.
+        dilations: Per stage a list with a dilation a block; or the name of a preset of `variants.DILATIONS`
+            ("detection", "segmentation", ...). None: `arch`'s own, or no dilation where `arch` is None.
+        layer_scale: Initial value of the layer scale; None for the architecture's own, 0 for none.
+        in_chans: Channels of the image.
+        qkv_bias, qk_scale, attn_drop_rate: See `NeighborhoodAttention2D`.
+        drop_rate: Dropout on tokens, projections and MLPs.
+        drop_path_rate: Stochastic depth of the last block; grows linearly from 0 at the first.
+        out_indices: Stages (from 0) whose maps are returned, ascending.
+        frozen_stages: -1 freezes nothing, 0 the tokenizer, i also stages 0 .. i-1 with their downsamplers and output
+            norms. What is frozen takes no gradient and stays in eval mode, also through `.train()`.
+        with_cp: Recomputes the blocks' activations in the backward pass, to save memory.
+        backend: As in `nat_dense.ops.na2d`.
+        init_cfg: mmengine's; `dict(type="Pretrained", checkpoint=...)` loads released weights.
+
+    Raises:
+        ValueError: A field is missing, out of range or disagrees with another one.
+    """
+
+    family: ClassVar[str]
+    stages_name: ClassVar[str]
+    tokenizer: ClassVar[type[nn.Module]]
+    downsampler: ClassVar[type[nn.Module]]
+    default_dilations: ClassVar[Dilations] = None
+
+    def __init__(
+        self,
+        arch: str | None = None,
+        *,
+        embed_dim: int | None = None,
+        depths: Sequence[int] | None = None,
+        num_heads: Sequence[int] | None = None,
+        mlp_ratio: float | None = None,
+        kernel_size: int | None = None,
+        dilations: Dilations = None,
+        layer_scale: float | None = None,
+        in_chans: int = 3,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.2,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        backend: str = "auto",
+        init_cfg: dict | list[dict] | None = None,
+    ):
+        super().__init__(init_cfg)
+        given = dict(
+            embed_dim=embed_dim,
+            depths=depths,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            kernel_size=kernel_size,
+            layer_scale=layer_scale,
+        )
+        fields = _architecture(self.family, arch, given)
+        embed_dim, depths, num_heads = fields["embed_dim"], tuple(fields["depths"]), tuple(fields["num_heads"])
+        if len(depths) != len(num_heads) or not depths or min(depths) < 1:
+            raise ValueError(f"depths={depths} and num_heads={num_heads}: expected one number >= 1 a stage in both")
+        if dilations is None and arch is not None:
+            dilations = self.default_dilations
+        dilations = _resolve_dilations(self.family, dilations, depths)
+        _check_rates(drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
+
+        self.arch = arch
+        self.in_chans = in_chans
+        self.depths = depths
+        self.num_features = tuple(embed_dim * 2**i for i in range(len(depths)))
+        self.out_indices = _check_out_indices(out_indices, len(depths))
+        self.frozen_stages = _check_frozen_stages(frozen_stages, len(depths))
+        self.patch_embed = self.tokenizer(in_chans, embed_dim)
+        self.pos_drop = nn.Dropout(drop_rate)
+
+        rates = (drop_path_rate * i / max(1, sum(depths) - 1) for i in range(sum(depths)))
+        stages = nn.ModuleList()
+        for i, depth in enumerate(depths):
+            attention = dict(num_heads=num_heads[i], kernel_size=fields["kernel_size"], qkv_bias=qkv_bias)
+            attention |= dict(qk_scale=qk_scale, attn_drop=attn_drop_rate, backend=backend)
+            blocks = [
+                Block(
+                    self.num_features[i],
+                    fields["mlp_ratio"],
+                    fields["layer_scale"],
+                    next(rates),
+                    drop_rate,
+                    attention | dict(dilation=dilations[i][j]),
+                )
+                for j in range(depth)
+            ]
+            downsample = self.downsampler(self.num_features[i]) if i < len(depths) - 1 else None
+            stages.append(Stage(blocks, downsample, with_cp))
+        self.add_module(self.stages_name, stages)
+        for i in self.out_indices:
+            self.add_module(f"norm{i}", nn.LayerNorm(self.num_features[i]))
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
+
+    @property
+    def stages(self) -> nn.ModuleList:
+        """The stages, whatever the checkpoints call them."""
+        return getattr(self, self.stages_name)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """One contiguous, layer-normed map per entry of `out_indices`.
+
+        Args:
+            x: [B, in_chans, H, W], any H, W >= 1.
+
+        Returns:
+            Maps [B, num_features[i], ceil(H / 4 / 2**i), ceil(W / 4 / 2**i)].
+        """
+        maps = self.forward_stages(x)
+        return tuple(
+            getattr(self, f"norm{i}")(tokens).permute(0, 3, 1, 2).contiguous()
+            for i, tokens in enumerate(maps)
+            if i in self.out_indices
+        )
+
+    def forward_stages(self, x: Tensor) -> Iterator[Tensor]:
+        """The map [B, H, W, C] of each stage after its blocks, before any output norm."""
+        if x.dim() != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(f"input of shape {tuple(x.shape)}: expected [batch, {self.in_chans}, height, width]")
+        x = self.pos_drop(self.patch_embed(x))
+        for stage in self.stages:
+            tokens, x = stage(x)
+            yield tokens
+
+    def train(self, mode: bool = True) -> NeighborhoodBackbone:
+        """Sets the mode of everything that isn't frozen; returns self."""
+        super().train(mode)
+        for module in self._frozen_modules():
+            module.eval()
+        return self
+
+    def init_weights(self) -> None:
+        """Loads the weights that `init_cfg` names. The constructor has already drawn the others."""
+        super().init_weights()
+
+    def _frozen_modules(self) -> Iterator[nn.Module]:
+        if self.frozen_stages < 0:
+            return
+        yield from (self.patch_embed, self.pos_drop)
+        for i in range(self.frozen_stages):
+            yield self.stages[i]
+            if i in self.out_indices:
+                yield getattr(self, f"norm{i}")
+
+
+def _architecture(family: str, arch: str | None, given: dict) -> dict:
+    """The architecture's fields: those of the preset, overridden by the given ones."""
+    defaults = dict(mlp_ratio=4.0 if family == "DiNAT_s" else 3.0, kernel_size=7, layer_scale=None)
+    preset = defaults if arch is None else variants.variant(family, arch).fields()
+    fields = preset | {name: value for name, value in given.items() if value is not None}
+    missing = [name for name in ("embed_dim", "depths", "num_heads") if name not in fields]
+    if missing:
+        rows = ", ".join(variants.VARIANTS[family])
+        raise ValueError(f"{family} needs arch (one of {rows}) or {', '.join(missing)}")
+    if fields["embed_dim"] < 2 or fields["embed_dim"] % 2:
+        raise ValueError(f"embed_dim={fields['embed_dim']}: expected an even number >= 2")
+    return fields
+
+
+def _resolve_dilations(family: str, dilations: Dilations, depths: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    if dilations is None:
+        return tuple((1,) * depth for depth in depths)
+    if isinstance(dilations, str):
+        return variants.dilations_for(family, dilations, depths)
+    resolved = tuple((1,) * depth if row is None else tuple(row) for row, depth in zip(dilations, depths, strict=False))
+    if len(dilations) != len(depths) or any(len(row) != depth for row, depth in zip(resolved, depths, strict=True)):
+        found = [None if row is None else len(row) for row in dilations]
+        raise ValueError(f"dilations has {found} numbers a stage; expected as many as depths={depths}")
+    return resolved
+
+
+def _check_rates(**rates: float) -> None:
+    for name, rate in rates.items():
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"{name}={rate}: expected a probability in [0, 1)")
+
+
+def _check_out_indices(out_indices: Sequence[int], num_stages: int) -> tuple[int, ...]:
+    indices = tuple(out_indices)
+    if sorted(set(indices)) != list(indices) or any(not 0 <= i < num_stages for i in indices):
+        raise ValueError(f"out_indices={indices}: expected ascending stages out of 0 .. {num_stages - 1}")
+    return indices
+
+
+def _check_frozen_stages(frozen_stages: int, num_stages: int) -> int:
+    if not -1 <= frozen_stages <= num_stages:
+        raise ValueError(f"frozen_stages={frozen_stages}: expected -1 (nothing), 0 (tokenizer) .. {num_stages} (all)")
+    return frozen_stages

@@ -1,0 +1,122 @@
+"""The parts around attention. Tokens are [B, H, W, C] throughout.
+
+Parameter names are those of the released checkpoints, which makes them public API.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` that starts from trunc_normal(std=0.02) and a zero bias."""
+
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops a residual branch of a whole sample in training, and scales what it keeps.
+
+    Source: Huang et al., arXiv:1603.09382.
+    """
+
+    def __init__(self, rate: float = 0.0):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rate == 0.0 or not self.training:
+            return x
+        keep = 1.0 - self.rate
+        mask = x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(keep)
+        return x * mask.div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between them: [..., dim] -> [..., dim]."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0):
+        super().__init__()
+        self.fc1 = Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class ConvTokenizer(nn.Module):
+    """Two strided 3x3 convolutions and a norm: [B, in_chans, H, W] -> [B, ceil(H/4), ceil(W/4), embed_dim].
+
+    Source: NAT (arXiv:2204.07143) section 3.3.
+    """
+
+    def __init__(self, in_chans: int, embed_dim: int):
+        super().__init__()
+        self.proj = nn.Sequential(
+            nn.Conv2d(in_chans, embed_dim // 2, kernel_size=3, stride=2, padding=1),
+            nn.Conv2d(embed_dim // 2, embed_dim, kernel_size=3, stride=2, padding=1),
+        )
+        self.norm = nn.LayerNorm(embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class PatchTokenizer(nn.Module):
+    """One 4x4 convolution of stride 4 and a norm, sides zero-padded to multiples of 4: as `ConvTokenizer`.
+
+    Source: the patch embedding of Swin (arXiv:2103.14030) as used by DiNAT_s (arXiv:2209.15001, section 3.3).
+    """
+
+    def __init__(self, in_chans: int, embed_dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=4, stride=4)
+        self.norm = nn.LayerNorm(embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class ConvDownsampler(nn.Module):
+    """A strided 3x3 convolution, then a norm: [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), 2 C].
+
+    Source: NAT (arXiv:2204.07143) section 3.3.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.reduction = nn.Conv2d(dim, 2 * dim, kernel_size=3, stride=2, padding=1, bias=False)
+        self.norm = nn.LayerNorm(2 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.reduction(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class PatchMerging(nn.Module):
+    """Stacks 2x2 tokens, norms, then reduces them: [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), 2 C].
+
+    The stack's order is (row, column) = (0, 0), (1, 0), (0, 1), (1, 1); odd sides are zero-padded.
+
+    Source: Swin (arXiv:2103.14030) section 3.1, as used by DiNAT_s.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        corners = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+        return self.reduction(self.norm(torch.cat(corners, dim=-1)))

@@ -1,0 +1,217 @@
+"""The backbones' contract: shapes, fields, freezing, gradients, registration, numbers of the original."""
+
+import pytest
+import torch
+from mmengine.registry import MODELS
+
+from nat_dense.models import NAT, DiNAT, DiNAT_s, variants
+from nat_dense.models.backbone import Stage
+from tests import golden
+
+SMALL = dict(embed_dim=32, depths=(1, 2, 2, 1), num_heads=(1, 2, 4, 8), kernel_size=3)
+FAMILIES = pytest.mark.parametrize("family", [NAT, DiNAT, DiNAT_s])
+
+
+@FAMILIES
+@pytest.mark.parametrize("size", [(64, 96), (65, 97), (33, 20), (5, 3), (1, 1)])
+def test_any_input_size_gives_contiguous_maps(family, size):
+    model = family(arch="nano").eval()
+    maps = model(torch.randn(2, 3, *size))
+    ceil = [tuple(-(-n // 4) for n in size)]
+    for _ in range(3):
+        ceil.append(tuple(-(-n // 2) for n in ceil[-1]))
+    assert [tuple(m.shape) for m in maps] == [(2, c, *s) for c, s in zip(model.num_features, ceil, strict=True)]
+    assert all(m.is_contiguous() for m in maps)
+    assert all(torch.isfinite(m).all() for m in maps)
+
+
+@FAMILIES
+def test_out_indices_choose_the_maps_and_the_norms(family):
+    model = family(**SMALL, out_indices=(0, 2)).eval()
+    assert [m.shape[1] for m in model(torch.randn(1, 3, 64, 64))] == [32, 128]
+    assert [n for n, _ in model.named_children() if n.startswith("norm")] == ["norm0", "norm2"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"arch": "huge"}, "arch='huge' is not a NAT; expected one of nano, mini, tiny, small, base"),
+        ({}, "NAT needs arch .* or embed_dim, depths, num_heads"),
+        ({**SMALL, "num_heads": (1, 2, 4)}, r"depths=\(1, 2, 2, 1\) and num_heads=\(1, 2, 4\)"),
+        ({**SMALL, "num_heads": (3, 2, 4, 8)}, "dim=32 is not divisible by num_heads=3"),
+        ({**SMALL, "kernel_size": 4}, "kernel_size=4: expected an odd number >= 3"),
+        ({**SMALL, "dilations": [[1], [1, 2], [1]]}, "dilations has .* expected as many as depths"),
+        ({**SMALL, "dilations": [[1], [1, 2], [1], [1]]}, r"dilations has \[1, 2, 1, 1\] numbers a stage"),
+        ({**SMALL, "dilations": "detection"}, "dilations='detection' is not a preset of NAT"),
+        ({**SMALL, "out_indices": (0, 4)}, r"out_indices=\(0, 4\): expected ascending stages out of 0 .. 3"),
+        ({**SMALL, "frozen_stages": 5}, "frozen_stages=5: expected -1"),
+        ({**SMALL, "drop_path_rate": 1.5}, "drop_path_rate=1.5: expected a probability"),
+        ({**SMALL, "embed_dim": 33}, "embed_dim=33: expected an even number"),
+        ({**SMALL, "backend": "cuda"}, "backend='cuda' is not known"),
+    ],
+)
+def test_bad_fields_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        NAT(**fields)
+
+
+def test_misspelt_field_is_refused():
+    with pytest.raises(TypeError, match="drop_path"):
+        NAT(arch="nano", drop_path=0.1)
+
+
+def test_input_with_four_channels_is_refused():
+    with pytest.raises(ValueError, match=r"input of shape \(1, 4, 32, 32\): expected \[batch, 3, height, width\]"):
+        NAT(arch="nano")(torch.randn(1, 4, 32, 32))
+
+
+@pytest.mark.parametrize("scope", ["mmengine", "mmdet", "mmseg"])
+def test_registered_once_in_the_root(scope):
+    """mmdet and mmseg find the type through their registries' parent."""
+    if scope == "mmengine":
+        registry = MODELS
+    else:
+        registry = pytest.importorskip(f"{scope}.registry").MODELS
+    assert registry.build(dict(type="DiNAT_s", arch="nano")).family == "DiNAT_s"
+    assert isinstance(registry.build(dict(type="NAT", arch="nano", out_indices=[1])), NAT)
+
+
+@FAMILIES
+@pytest.mark.parametrize("frozen", [-1, 0, 2, 4])
+def test_frozen_stages_stay_frozen_through_train(family, frozen):
+    model = family(**SMALL, frozen_stages=frozen, drop_rate=0.1)
+    assert model.train() is model
+    prefixes = ["patch_embed."] if frozen >= 0 else []
+    prefixes += [f"{model.stages_name}.{i}." for i in range(frozen)] + [f"norm{i}." for i in range(frozen)]
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad != name.startswith(tuple(prefixes)), name
+    for name, module in model.named_modules():
+        if name and not name.endswith(model.stages_name):
+            expected = not (name + ".").startswith((*prefixes, "pos_drop.")[: len(prefixes) + (frozen >= 0)] or "\0")
+            assert module.training == expected, name
+
+
+@FAMILIES
+def test_every_parameter_gets_a_gradient(family):
+    model = family(**SMALL, layer_scale=0.1, drop_path_rate=0.0)
+    sum((m * torch.randn_like(m)).sum() for m in model(torch.randn(1, 3, 40, 48))).backward()
+    missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert missing == []
+
+
+def test_checkpointed_backward_equals_the_plain_one():
+    plain, checkpointed = NAT(**SMALL, drop_path_rate=0.0), NAT(**SMALL, drop_path_rate=0.0, with_cp=True)
+    checkpointed.load_state_dict(plain.state_dict())
+    image = torch.randn(1, 3, 40, 48)
+    for model in (plain, checkpointed):
+        sum(m.square().mean() for m in model(image)).backward()
+    for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_stochastic_depth_grows_and_only_acts_in_training():
+    model = NAT(**SMALL, drop_path_rate=0.5)
+    rates = [module.rate for module in model.modules() if hasattr(module, "rate")]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    image = torch.randn(8, 3, 32, 32)
+    assert not torch.equal(model(image)[-1], model(image)[-1])
+    model.eval()
+    assert torch.equal(model(image)[-1], model(image)[-1])
+
+
+def test_attention_dropout_runs_with_one_warning(monkeypatch):
+    monkeypatch.setattr("nat_dense.models.attention._warned", False)
+    model = NAT(**SMALL, attn_drop_rate=0.3, drop_path_rate=0.0)
+    with pytest.warns(UserWarning, match="runs the slow reference operator") as caught:
+        a, b = (model(torch.ones(1, 3, 32, 32))[-1] for _ in range(2))
+    assert len([w for w in caught if "reference operator" in str(w.message)]) == 1
+    assert not torch.equal(a, b)
+    model.eval()
+    assert torch.equal(model(torch.ones(1, 3, 32, 32))[-1], model(torch.ones(1, 3, 32, 32))[-1])
+
+
+def test_initial_weights():
+    model = NAT(arch="nano")
+    attention = model.levels[2].blocks[0].attn
+    for weight in (attention.qkv.weight, attention.rpb, attention.proj.weight):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.15)
+    assert not attention.qkv.bias.any()
+
+
+@pytest.mark.parametrize(
+    ("family", "use", "depths", "expected"),
+    [
+        ("DiNAT", "detection", (3, 4, 6, 5), "1,28,1 1,7,1,14 1,3,1,5,1,7 1,3,1,3,1"),
+        ("DiNAT", "segmentation", (3, 4, 6, 5), "1,16,1 1,4,1,8 1,2,1,3,1,4 1,2,1,2,1"),
+        ("DiNAT", "segmentation-640", (3, 4, 18, 5), "1,20,1 1,5,1,10 1,2,1,3,1,4,1,5,1,2,1,3,1,4,1,5,1,5 1,2,1,2,1"),
+        ("DiNAT", "mask2former", (3, 4, 18, 5), "1,14,1 1,4,1,7 1,2,1,3,1,2,1,3,1,2,1,3,1,2,1,3,1,3 1,1,1,1,1"),
+        ("DiNAT_s", "detection", (2, 2, 6, 2), "1,28 1,14 1,3,1,5,1,7 1,3"),
+        ("DiNAT_s", "classification-384", (2, 2, 18, 2), "1,13 1,6 1,3,1,3,1,3,1,3,1,3,1,3,1,3,1,3,1,3 1,1"),
+    ],
+)
+def test_published_dilations(family, use, depths, expected):
+    stages = tuple(tuple(int(d) for d in stage.split(",")) for stage in expected.split())
+    assert variants.dilations_for(family, use, depths) == stages
+
+
+def test_dilations_of_an_arch_and_of_explicit_fields():
+    def dilations(model):
+        stages = (stage for stage in model.modules() if isinstance(stage, Stage))
+        return [[block.attn.dilation for block in stage.blocks] for stage in stages]
+
+    assert dilations(DiNAT(arch="nano")) == [[1, 8], [1, 4], [1, 2, 1, 2], [1, 1]]
+    assert dilations(DiNAT(**SMALL)) == [[1], [1, 1], [1, 1], [1]]
+    assert dilations(DiNAT_s(arch="nano", dilations="segmentation")) == [[1, 16], [1, 8], [1, 2, 1, 3], [1, 2]]
+    assert dilations(NAT(**SMALL, dilations=[[4], None, [1, 2], [1]])) == [[4], [1, 1], [1, 2], [1]]
+
+
+@pytest.mark.parametrize(
+    "name", ["model_o2", "model_o4", "model_o5", "model_o9", "model_o10", "model_o11", "model_o12"]
+)
+def test_outputs_of_the_original(name):
+    """1e-5 also catches a LayerNorm eps of 1e-6."""
+    meta, expected = golden.load(name)
+    model = golden.build(meta)
+    assert sum(p.numel() for p in model.parameters()) == meta["n_params"]
+    with torch.no_grad():
+        outputs = model(golden.tensor(f"input:{meta['id']}", meta["input"]))
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+    assert len(outputs) == meta["n_out"]
+    for i, output in enumerate(outputs):
+        assert golden.error(output, expected[f"out{i}"]) < 1e-5, i
+
+
+def test_gradients_of_the_original():
+    meta, expected = golden.load("grad_g2")
+    model = golden.build(meta)
+    image = golden.tensor("input:g2", meta["input"]).requires_grad_()
+    outputs = model(image)
+    sum((o * golden.tensor(f"cot:g2:{i}", o.shape)).sum() for i, o in enumerate(outputs)).backward()
+    assert golden.error(image.grad, expected["gx"]) < 1e-4
+    for name, parameter in model.named_parameters():
+        whole = expected.get(f"g:{name}")
+        found = parameter.grad if whole is not None else golden.strided(parameter.grad)
+        reference = whole if whole is not None else expected[f"s:{name}"]
+        assert golden.error(found, reference) < 1e-4, name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "variant_nat_mini_det",
+        "variant_dinat_s_tiny_det",
+        pytest.param("variant_dinat_tiny_det", marks=pytest.mark.slow),
+        pytest.param("variant_nat_small_det", marks=pytest.mark.slow),
+        pytest.param("variant_dinat_large_seg", marks=pytest.mark.slow),
+    ],
+)
+def test_published_models_of_the_original(name):
+    meta, expected = golden.load(name)
+    model = golden.build(meta)
+    assert sum(p.numel() for p in model.parameters()) == meta["n_params"]
+    with torch.no_grad():
+        outputs = model(golden.tensor(f"input:{meta['id']}", meta["input"]))
+    for i, output in enumerate(outputs):
+        assert list(output.shape) == expected[f"shape{i}"].tolist()
+        difference = golden.strided(output).double().numpy() - expected[f"samp{i}"]
+        assert abs(difference).max() / expected[f"std{i}"] < 1e-5, i

@@ -1,0 +1,73 @@
+"""The cases that every back end is tested on: one table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nat_dense.ops.problem import completed_size
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one call; `padded` gives it a pad key and value."""
+
+    name: str
+    size: tuple[int, int]
+    kernel_size: tuple[int, int] = (7, 7)
+    dilation: tuple[int, int] = (1, 1)
+    batch: int = 1
+    heads: int = 2
+    dim: int = 32
+    rpb: bool = True
+    padded: bool = False
+    strided: bool = False
+
+    def tensors(self, dtype=torch.float64, seed: int = 0, device="cpu") -> dict[str, torch.Tensor | None]:
+        """Leaves with gradients, by the operator's argument names (and `grad_out`, without)."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape):
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
+
+        shape = (self.batch, *self.size, self.heads, self.dim)
+        if self.strided:
+            packed = draw(self.batch, *self.size, 3, self.heads, self.dim)
+            leaves = dict(zip(("query", "key", "value"), packed.unbind(3), strict=True))
+        else:
+            leaves = {name: draw(*shape) for name in ("query", "key", "value")}
+        bias = (self.heads, *(2 * k - 1 for k in self.kernel_size))
+        leaves["rpb"] = draw(*bias) if self.rpb else None
+        for name in ("pad_key", "pad_value"):
+            leaves[name] = draw(self.heads, self.dim) if self.padded else None
+        leaves["grad_out"] = draw(*shape).detach()
+        return leaves
+
+    def __post_init__(self):
+        fits = completed_size(self.size, self.kernel_size, self.dilation) == self.size
+        assert fits or self.padded, self.name
+
+
+CASES = (
+    Case("wide", (9, 23)),
+    Case("tall, k 3", (31, 8), (3, 3), dim=16),
+    Case("map equals window", (7, 7), heads=3),
+    Case("map equals dilated window", (14, 21), dilation=(2, 3)),
+    Case("ragged groups", (25, 41), (3, 3), (8, 3), heads=1, dim=8),
+    Case("ragged groups, k 5", (19, 15), (5, 5), (2, 2), batch=2),
+    Case("kernel pair", (13, 16), (3, 7), (2, 1), dim=24),
+    Case("k 13, no bias", (27, 29), (13, 13), (2, 2), heads=1, dim=8, rpb=False),
+    Case("k 11", (11, 12), (11, 11), dim=24),
+    Case("odd head_dim", (10, 12), (5, 5), dim=19),
+    Case("head_dim 1", (10, 9), (3, 5), dim=1),
+    Case("head_dim 64, k 9", (12, 10), (9, 9), dim=64, rpb=False),
+    Case("views of a fused qkv", (12, 17), dilation=(1, 2), batch=2, strided=True),
+    Case("one token", (1, 1), padded=True),
+    Case("padded rows", (5, 18), padded=True, batch=2),
+    Case("padded columns, strided", (17, 4), padded=True, strided=True),
+    Case("padded, dilated", (10, 12), dilation=(3, 4), padded=True),
+    Case("padded, dilation beyond the map", (6, 9), (3, 3), (28, 5), padded=True, dim=16, rpb=False),
+    Case("pad given but not needed", (9, 10), padded=True, dim=8),
+    Case("many columns", (8, 70), dim=16, heads=1),
+)

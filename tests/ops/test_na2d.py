@@ -1,0 +1,173 @@
+"""The operator as users meet it: validation, back-end choice, dtypes, compile, export, autocast."""
+
+import pytest
+import torch
+
+from nat_dense.ops import backend_report, backends, na2d
+from nat_dense.ops.problem import Problem
+from tests.ops.cases import CASES, Case
+
+CASE = Case("plain", (9, 11), (5, 3), (1, 2), dim=16)
+NATIVE = backends.TABLE[0].why_not(Problem((9, 11), (5, 3), (1, 2), 16, torch.float32, "cpu", True), "") is None
+BACKENDS = ["reference", *(["cpu"] if NATIVE else [])]
+
+
+def call(case=CASE, dtype=torch.float32, grad=True, backend="auto", **changes):
+    tensors = case.tensors(dtype) | changes
+    tensors.pop("grad_out")
+    if not grad:
+        tensors = {name: t.detach() if isinstance(t, torch.Tensor) else t for name, t in tensors.items()}
+    settings = {"kernel_size": case.kernel_size, "dilation": case.dilation, "backend": backend}
+    return na2d(**(settings | tensors))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kernel_size": 4}, r"kernel_size=\(4, 4\): expected odd numbers >= 3"),
+        ({"kernel_size": 1}, r"kernel_size=\(1, 1\): expected odd numbers >= 3"),
+        ({"kernel_size": (3, 3, 3)}, "expected an int or a pair of ints"),
+        ({"kernel_size": 3.0}, "kernel_size=3.0: expected an int or a pair of ints"),
+        ({"dilation": 0}, r"dilation=\(0, 0\): expected numbers >= 1"),
+        ({"dilation": 3}, "map of 9 x 11 tokens is smaller than kernel_size . dilation = 15 x 9"),
+        ({"key": torch.zeros(1, 9, 11, 2, 8)}, r"key \(1, 9, 11, 2, 8\).* expected three tensors of one shape"),
+        ({"value": torch.zeros(1, 9, 11, 2, 16).half()}, "value torch.float16: expected one dtype"),
+        ({"rpb": torch.zeros(2, 5, 9)}, r"rpb has shape \(2, 5, 9\); expected \(2, 9, 5\)"),
+        ({"rpb": torch.zeros(2, 9, 5).half()}, "rpb is torch.float16; expected torch.float32"),
+        ({"pad_key": torch.zeros(2, 16)}, "pad_key and pad_value go together"),
+        ({"backend": "cuda"}, "backend='cuda' is not known; expected 'auto' or one of"),
+    ],
+)
+def test_bad_arguments_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+def test_empty_map_is_refused():
+    with pytest.raises(ValueError, match="only the batch may be empty"):
+        na2d(*torch.zeros(3, 1, 0, 9, 2, 8), 3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batch(backend):
+    case = Case("empty", (9, 11), (5, 3), (1, 2), dim=16, batch=0)
+    tensors = case.tensors(torch.float32)
+    tensors.pop("grad_out")
+    out = na2d(kernel_size=(5, 3), dilation=(1, 2), backend=backend, **tensors)
+    assert out.shape == (0, 9, 11, 2, 16)
+    out.sum().backward()
+    assert not tensors["rpb"].grad.any()
+    assert tensors["query"].grad.shape == out.shape
+
+
+def test_a_named_backend_never_falls_back(monkeypatch):
+    monkeypatch.setattr(
+        backends, "TABLE", (backends.Backend("cpu", lambda *_: "it is Monday", None, None), *backends.TABLE[1:])
+    )
+    with pytest.raises(RuntimeError, match=r"backend='cpu' can't run .*: it is Monday. Use backend='auto'"):
+        call(backend="cpu")
+    assert call().shape == (1, 9, 11, 2, 16)
+
+
+def test_environment_forces_a_backend(monkeypatch):
+    monkeypatch.setenv(backends.FORCE_VARIABLE, "nonsense")
+    with pytest.raises(ValueError, match="backend='nonsense' is not known"):
+        call()
+    monkeypatch.setenv(backends.FORCE_VARIABLE, "reference")
+    torch.testing.assert_close(call(), call(backend="reference"), rtol=0, atol=0)
+
+
+def test_report_lists_the_table_in_order():
+    report = backend_report(Problem((9, 11), (5, 3), (1, 2), 16, torch.float32, "cpu", has_rpb=True))
+    assert list(report) == [row.name for row in backends.TABLE]
+    assert report["reference"] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_low_precision_sums_in_float32(dtype, backend):
+    """Off by the rounding of inputs and outputs alone: one part in 128 for bfloat16."""
+    out = call(dtype=dtype, backend=backend)
+    assert out.dtype == dtype
+    rounded = {n: t.detach().to(dtype).double() for n, t in CASE.tensors().items() if t is not None and n != "grad_out"}
+    exact = na2d(kernel_size=CASE.kernel_size, dilation=CASE.dilation, backend="reference", **rounded)
+    assert (out.double() - exact).abs().max() < 2**-8 * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_lowers_the_tokens_and_keeps_the_bias(dtype):
+    tensors = CASE.tensors(torch.float32)
+    grad_out = tensors.pop("grad_out")
+    with torch.autocast("cpu", dtype=dtype):
+        out = na2d(kernel_size=CASE.kernel_size, dilation=CASE.dilation, **tensors)
+    assert out.dtype == dtype
+    out.backward(grad_out.to(dtype))
+    assert all(tensors[name].grad.dtype == torch.float32 for name in ("query", "key", "value", "rpb"))
+    torch.testing.assert_close(out.float(), call(), rtol=0.02, atol=0.02)
+
+
+def test_head_dim_without_unit_stride_is_accepted():
+    query, key, value = torch.randn(3, 1, 16, 9, 11, 2).permute(0, 1, 3, 4, 5, 2)
+    expected = na2d(query.contiguous(), key.contiguous(), value.contiguous(), 3)
+    torch.testing.assert_close(na2d(query, key, value, 3), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", [CASE, next(c for c in CASES if c.name == "padded, dilated")], ids=lambda c: c.name)
+def test_opcheck(case, backend):
+    tensors = case.tensors(torch.float32)
+    tensors.pop("grad_out")
+    arguments = (*tensors.values(), list(case.kernel_size), list(case.dilation), case.dim**-0.5, backend)
+    torch.library.opcheck(torch.ops.nat_dense.na2d.default, arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck(backend):
+    case = Case("tiny", (4, 5), (3, 3), (1, 2), dim=3, padded=True)
+    tensors = case.tensors()
+    tensors.pop("grad_out")
+
+    def operator(*leaves):
+        return na2d(**dict(zip(tensors, leaves, strict=True)), kernel_size=3, dilation=(1, 2), backend=backend)
+
+    assert torch.autograd.gradcheck(operator, tuple(tensors.values()))
+
+
+def test_compiles_into_one_graph():
+    def step(query, key, value, rpb):
+        return na2d(query * 2, key, value, (5, 3), (1, 2), rpb).relu()
+
+    tensors = CASE.tensors(torch.float32)
+    leaves = [tensors[name] for name in ("query", "key", "value", "rpb")]
+    grad_out = tensors["grad_out"]
+    expected = step(*leaves)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves)
+    torch.testing.assert_close(compiled, expected)
+    pairs = zip(
+        torch.autograd.grad(compiled, leaves, grad_out), torch.autograd.grad(expected, leaves, grad_out), strict=True
+    )
+    for found, wanted in pairs:
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_exports(strict):
+    class Module(torch.nn.Module):
+        def forward(self, query, key, value, rpb):
+            return na2d(query, key, value, (5, 3), (1, 2), rpb)
+
+    inputs = tuple(CASE.tensors(torch.float32)[name].detach() for name in ("query", "key", "value", "rpb"))
+    program = torch.export.export(Module(), inputs, strict=strict)
+    targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert torch.ops.nat_dense.na2d.default in targets
+    torch.testing.assert_close(program.module()(*inputs), Module()(*inputs))
+
+
+def test_second_derivatives_are_refused():
+    tensors = CASE.tensors()
+    tensors.pop("grad_out")
+    query = tensors["query"]
+    out = na2d(kernel_size=CASE.kernel_size, dilation=CASE.dilation, **tensors)
+    (gradient,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradient.sum().backward()
