@@ -1,0 +1,158 @@
+"""Checkpoints around a Runner: read without running their code, fitting the model, and never overwritten."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer
+from mmengine.runner import CheckpointLoader, find_latest_checkpoint
+from torch import Tensor, nn
+
+EXPERIMENT_TIME = re.compile(r"_\d{8}_\d{6}$")
+"""MMEngine names an experiment after its config file and the time of its start."""
+
+
+class DropEmbeddedConfig(Hook):
+    """Removes the config text from a loaded checkpoint: on resuming, MMEngine would run it as Python."""
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        """Drops `meta.config`, which MMEngine's own checkpoints don't have, before anything reads it."""
+        checkpoint.get("meta", {}).pop("config", None)
+
+
+def refuse_pickled_code() -> None:
+    """Makes every `torch.load` of this process, MMEngine's included, refuse files that hold more than data.
+
+    MMEngine falls back to full unpickling, which runs whatever code a file brings along; this environment variable of PyTorch
+    is what stops it. What MMEngine's own checkpoints hold (its loss history, NumPy scalars) is admitted.
+
+    Raises:
+        ValueError: the environment demands the opposite.
+    """
+    if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0").lower() in ("1", "y", "yes", "true"):
+        raise ValueError(
+            "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set, which lets checkpoints run code; unset it (nat_dense loads data only)."
+        )
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    # The forks admit these themselves; the original MMEngine does not, and could not resume from its own checkpoints.
+    numpy_types = [np.ndarray, np.dtype, *(type(np.dtype(name)) for name in ("float64", "int64", "uint32"))]
+    numpy_functions = [np._core.multiarray._reconstruct, np._core.multiarray.scalar]
+    torch.serialization.add_safe_globals([HistoryBuffer, *numpy_types, *numpy_functions])
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """Reads a checkpoint (a file or a URL) to the CPU, as data only.
+
+    Args:
+        path: whatever MMEngine's `load_from` takes.
+
+    Returns:
+        What the file holds, usually `meta`, `state_dict`, `optimizer`, ...
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no checkpoint, or holds pickled objects that are not data.
+    """
+    refuse_pickled_code()
+    if "://" not in path and not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint {path!r}.")
+    try:
+        checkpoint = CheckpointLoader.load_checkpoint(path, map_location="cpu", logger="silent")
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path!r} can't be loaded as data (code in checkpoints is never run): {reason}") from error
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(
+            f"{path!r} holds a {type(checkpoint).__name__}, not a checkpoint (a dict of tensors or with a 'state_dict')."
+        )
+    return dict(checkpoint)
+
+
+def check_fits(model: nn.Module, checkpoint: Mapping[str, Any], source: str) -> list[str]:
+    """Checks that a checkpoint holds every weight of a model, in its shape.
+
+    Args:
+        model: the model that the weights are for.
+        checkpoint: what `read_checkpoint` returned.
+        source: the name of the checkpoint, for messages.
+
+    Returns:
+        A warning where the checkpoint holds more than the model needs, else an empty list.
+
+    Raises:
+        ValueError: weights are missing or have another shape; the first ones are named.
+    """
+    weights = checkpoint.get("state_dict", checkpoint)
+    found = {re.sub(r"^module\.", "", key): value for key, value in weights.items() if isinstance(value, Tensor)}
+    expected = model.state_dict()
+    missing = [key for key in expected if key not in found]
+    if missing:
+        raise ValueError(
+            f"{source!r} is of another model: it lacks {len(missing)} of {len(expected)} weights, such as {missing[0]!r}"
+            f"{_unknown_key(found, expected)}. Use the config that it was trained with."
+        )
+    for key, weight in expected.items():
+        if found[key].shape != weight.shape:
+            raise ValueError(
+                f"{source!r} is of another model: {key!r} has shape {tuple(found[key].shape)}, this config's model needs "
+                f"{tuple(weight.shape)}. Use the config that it was trained with."
+            )
+    unused = [key for key in found if key not in expected]
+    return [f"{source!r}: {len(unused)} weights are not used by this model, such as {unused[0]!r}."] if unused else []
+
+
+def _unknown_key(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    unknown = next((key for key in found if key not in expected), None)
+    return f", and has {unknown!r} instead" if unknown else ""
+
+
+def check_work_dir(cfg: Config, model: nn.Module) -> list[str]:
+    """Checks that a training run neither continues another config's run nor overwrites one.
+
+    Args:
+        cfg: the config of the run, with `work_dir`, `resume` and `load_from` set.
+        model: the model that the config builds.
+
+    Returns:
+        Sentences for the user, such as that there is nothing to resume.
+
+    Raises:
+        FileNotFoundError: the checkpoint to resume from is gone.
+        ValueError: the directory or the checkpoint belongs to another config or model, or a fresh run would overwrite checkpoints.
+    """
+    work_dir = Path(cfg.work_dir)
+    if not cfg.get("resume"):
+        present = sorted(path.name for path in work_dir.glob("*.pth"))
+        if present:
+            raise ValueError(
+                f"work-dir {str(work_dir)!r} already holds {len(present)} checkpoint(s), such as {present[0]!r}, that a new run "
+                "could overwrite. Go on with it (--resume), or choose another --work-dir."
+            )
+        return []
+    source = cfg.get("load_from") or find_latest_checkpoint(str(work_dir))
+    if source is None:
+        return [f"Nothing to resume in {str(work_dir)!r}: training starts from the beginning."]
+    checkpoint = read_checkpoint(source)
+    if not {"meta", "optimizer"} <= set(checkpoint):
+        raise ValueError(
+            f"{source!r} holds weights but no training state to resume; start from it with --cfg-options load_from={source}."
+        )
+    if not cfg.get("load_from"):
+        _check_same_experiment(cfg, checkpoint["meta"].get("experiment_name", ""), source)
+    return check_fits(model, checkpoint, source)
+
+
+def _check_same_experiment(cfg: Config, experiment: str, source: str) -> None:
+    found = EXPERIMENT_TIME.sub("", experiment)
+    expected = cfg.get("experiment_name") or Path(cfg.filename or "").stem
+    if found and expected and found != expected:
+        raise ValueError(
+            f"work-dir {cfg.work_dir!r} holds checkpoints of the config {found!r}, not of {expected!r}. Choose another --work-dir, "
+            f"or, to go on with those weights on purpose, name the file: --resume {source}"
+        )

@@ -1,0 +1,101 @@
+"""COCO annotation files: what MMDetection takes for granted about them is checked here."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+REQUIRED = {
+    "images": ("id", "file_name", "width", "height"),
+    "annotations": ("id", "image_id", "category_id", "bbox", "area"),
+    "categories": ("id", "name"),
+}
+"""The lists of an instances file, and the keys that MMDetection reads of each entry without a default."""
+
+
+def check_coco_file(file: Path, name: str, masks: bool) -> dict[str, Any]:
+    """Reads an annotation file and checks that it is one.
+
+    Args:
+        file: the file.
+        name: where it stands in the config, for messages.
+        masks: whether each annotation needs a "segmentation".
+
+    Returns:
+        The content.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON, lacks lists or keys, or refers to images or categories that it doesn't hold.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{name}: no file {str(file)!r}.")
+    try:
+        content = json.loads(file.read_bytes())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{name}: {str(file)!r} is not JSON ({error}).") from error
+    for key, fields in REQUIRED.items():
+        entries = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(entries, list):
+            raise ValueError(f"{name}: {str(file)!r} has no list {key!r}; a COCO file holds {', '.join(REQUIRED)}.")
+        needed = (*fields, "segmentation") if masks and key == "annotations" else fields
+        for i, entry in enumerate(entries):
+            missing = [field for field in needed if field not in entry]
+            if missing:
+                raise ValueError(f"{name}: {str(file)!r}: {key}[{i}] lacks {', '.join(map(repr, missing))}.")
+    _check_references(content, f"{name}: {str(file)!r}")
+    return content
+
+
+def _check_references(content: dict[str, Any], where: str) -> None:
+    images = {image["id"] for image in content["images"]}
+    categories = {category["id"] for category in content["categories"]}
+    for i, annotation in enumerate(content["annotations"]):
+        if annotation["category_id"] not in categories:
+            raise ValueError(
+                f"{where}: annotations[{i}] has category_id {annotation['category_id']!r}, which no category has."
+            )
+        if annotation["image_id"] not in images:
+            raise ValueError(f"{where}: annotations[{i}] has image_id {annotation['image_id']!r}, which no image has.")
+    if not images:
+        raise ValueError(f"{where} lists no images.")
+
+
+def check_categories(content: dict[str, Any], classes: Sequence[str], file: str, ignore_others: bool) -> None:
+    """Checks that the file's categories are the config's classes, in the same order.
+
+    MMDetection numbers the labels in the file's order and names them in the config's; where the two differ, it silently trains
+    and evaluates under wrong names.
+
+    Args:
+        content: what `check_coco_file` returned.
+        classes: the dataset's classes.
+        file: the name of the file, for messages.
+        ignore_others: whether annotations of other classes may be left out of training.
+
+    Raises:
+        ValueError: a class is only on one side, or the orders differ.
+    """
+    names = [category["name"] for category in content["categories"]]
+    others = [name for name in names if name not in classes]
+    if others and not ignore_others:
+        raise ValueError(
+            f"{file!r} has classes that the config doesn't have: {_names(others)}; the config's: {_names(classes)}. Set the dataset's "
+            "metainfo.classes (and num_classes of the heads), or leave these out: --cfg-options data_checks.other_classes=ignore."
+        )
+    common = [name for name in names if name in classes]
+    absent = [name for name in classes if name not in common]
+    if absent:
+        raise ValueError(
+            f"{file!r} has no category for the config's classes {_names(absent)}; the file's: {_names(names)}."
+        )
+    if common != list(classes):
+        raise ValueError(
+            f"{file!r} lists its categories in another order ({_names(common)}) than the config's classes ({_names(classes)}), and "
+            "MMDetection would mix them up. Give metainfo.classes in the file's order."
+        )
+
+
+def _names(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:6]))
+    return f"{shown} and {len(names) - 6} more" if len(names) > 6 else shown

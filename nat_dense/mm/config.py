@@ -1,0 +1,83 @@
+"""Reading configs: files of a clone, and those that MMDetection and MMSegmentation ship (`mmdet::...`, `mmseg::...`)."""
+
+import inspect
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.runner import Runner
+
+DISTRIBUTIONS = {"mmdet": "onedl-mmdetection", "mmseg": "onedl-mmsegmentation"}
+"""The library behind each scope, by the name it is installed under."""
+
+OUR_KEYS = {"runner_type", "tta_model", "tta_pipeline", "data_checks"}
+"""Top-level keys of a config that the tools read and that are no argument of `Runner`."""
+
+
+def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
+    """Reads a config and merges the values of `--cfg-options` into it.
+
+    Args:
+        path: a file, or `mmdet::FOLDER/NAME.py` / `mmseg::FOLDER/NAME.py` for a config that the library ships.
+        options: dotted keys and their new values, as `mmengine.DictAction` parses them.
+
+    Returns:
+        The merged config.
+
+    Raises:
+        FileNotFoundError: there is no such config; names that come close are listed.
+        ModuleNotFoundError: the library behind `mmdet::` or `mmseg::` is not installed.
+        ValueError: an unknown scope, or an option whose first key neither the config nor the Runner knows.
+    """
+    _find_libraries_by_module()
+    file = _shipped_config(path) if "::" in path else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no config {path!r}.{_similar_files(file)}")
+    cfg = Config.fromfile(str(file))
+    if options:
+        _check_option_names(cfg, options)
+        cfg.merge_from_dict(options)
+    return cfg
+
+
+def _find_libraries_by_module() -> None:
+    """Makes MMEngine find MMSegmentation's configs whatever the installed distribution is called.
+
+    MMEngine looks for a distribution named `mmsegmentation`, which the maintained forks are not. Under the name of the module
+    it falls back to the import system, which finds both. Configs with `_base_ = 'mmseg::...'` need it.
+    """
+    MODULE2PACKAGE["mmseg"] = "mmseg"
+
+
+def _shipped_config(path: str) -> Path:
+    scope, _, name = path.partition("::")
+    if scope not in DISTRIBUTIONS:
+        raise ValueError(f"{path!r}: unknown library {scope!r}; configs can be read from: {', '.join(DISTRIBUTIONS)}.")
+    spec = find_spec(scope)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(
+            f"{path!r} is a config of {DISTRIBUTIONS[scope]}, which is not installed; `pip install --no-build-isolation "
+            f"{DISTRIBUTIONS[scope]}` installs it."
+        )
+    return Path(spec.submodule_search_locations[0], ".mim", "configs", name)
+
+
+def _similar_files(file: Path) -> str:
+    folder = file.parent
+    if not folder.is_dir():
+        return f" There is no folder {str(folder)!r} either."
+    close = get_close_matches(file.name, [entry.name for entry in folder.glob("*.py")], n=3)
+    return f" In the same folder: {', '.join(close)}." if close else ""
+
+
+def _check_option_names(cfg: Config, options: dict[str, Any]) -> None:
+    known = set(cfg) | OUR_KEYS | set(inspect.signature(Runner.__init__).parameters) - {"self", "cfg"}
+    for option in options:
+        key = option.split(".")[0]
+        if key not in known:
+            close = get_close_matches(key, known, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"--cfg-options {option}: the config has no key {key!r}.{hint}")

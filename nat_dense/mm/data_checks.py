@@ -1,0 +1,263 @@
+"""What is wrong with a config's data is found before training starts: paths, annotation files, classes, images, labels.
+
+A config (or `--cfg-options`) may set `data_checks`, a dict with:
+
+- `images`: "sample" (default: look up every file, decode at most 500 a dataset), "all" (decode every one) or "none" (look up only).
+- `bad_images`: "stop" (default) or "skip": go on without the bad images, which are listed.
+- `other_classes`: "stop" (default) or "ignore": annotations of classes that the config doesn't have.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import DATASETS
+
+from nat_dense.mm.coco_file import check_categories, check_coco_file
+from nat_dense.mm.images import CHANNELS, Picture, find_bad_images, find_bad_labels
+
+CHOICES = {"images": ("sample", "all", "none"), "bad_images": ("stop", "skip"), "other_classes": ("stop", "ignore")}
+"""The fields of `data_checks` and their values, the default first."""
+
+COCO_DATASET = "mmdet.datasets.coco.CocoDataset"
+SEGMENTATION_DATASET = "mmseg.datasets.basesegdataset.BaseSegDataset"
+LISTED = 5
+"""So many files are named in a message; the rest is counted."""
+
+
+@DATASETS.register_module()
+def without_images(dataset: dict, paths: list[str]) -> Any:
+    """Builds a dataset and leaves images out of it.
+
+    Args:
+        dataset: config of a dataset of MMDetection or MMSegmentation.
+        paths: the image files to leave out.
+
+    Returns:
+        The dataset itself, with its other images.
+    """
+    built = DATASETS.build(dataset)
+    built.full_init()
+    left_out = set(paths)
+    built.get_subset_([i for i in range(len(built)) if built.get_data_info(i)["img_path"] not in left_out])
+    return built
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dataset of a config.
+
+    Attributes:
+        name: where it stands in the config, such as "train_dataloader.dataset".
+        cfg: its config.
+        cls: its class.
+    """
+
+    name: str
+    cfg: Any
+    cls: type
+
+    def is_a(self, dataset: str) -> bool:
+        """Whether the class is, or derives from, the one of this full name; imports nothing."""
+        return dataset in (f"{base.__module__}.{base.__name__}" for base in self.cls.__mro__)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        metainfo = self.cfg.get("metainfo") or {}
+        return tuple(metainfo.get("classes") or self.cls.METAINFO.get("classes") or ())
+
+    def argument(self, name: str) -> Any:
+        """A field of the dataset: the config's, else the default of its class."""
+        import inspect
+
+        parameters = [inspect.signature(base.__init__).parameters.get(name) for base in self.cls.__mro__]
+        defaults = [p.default for p in parameters if p is not None and p.default is not p.empty]
+        return self.cfg.get(name, defaults[0] if defaults else None)
+
+    def path(self, value: str | None) -> Path:
+        return Path(self.cfg.get("data_root") or "", value or "")
+
+    def transform(self, name: str) -> dict:
+        """The config of the first transform of this type in the pipeline, or an empty one."""
+        return next((t for t in self.cfg.get("pipeline") or [] if t.get("type") == name), {})
+
+
+def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
+    """Checks the datasets and evaluators that a run will use. With `bad_images="skip"`, takes bad images out of the config's datasets.
+
+    Args:
+        cfg: the config; its `default_scope` must be active.
+        loaders: the names of the dataloaders that the run uses.
+
+    Returns:
+        Warnings for the user.
+
+    Raises:
+        FileNotFoundError: a data root, an annotation file or an image folder is missing.
+        ValueError: annotations, classes, images or labels that the run would trip over.
+    """
+    checks = _read_choices(cfg)
+    warnings = []
+    for loader in loaders:
+        for source in _sources(cfg[loader].get("dataset"), f"{loader}.dataset"):
+            pictures = _find_pictures(source, checks)
+            bad = find_bad_images(pictures, checks["images"], _expected_channels(cfg, source))
+            warnings += _report_bad_images(source, bad, len(pictures), checks)
+            _check_labels(source, [p for p in pictures if p.path not in bad], checks)
+            _check_heads(cfg.model, source)
+    evaluators = {name.replace("dataloader", "evaluator") for name in loaders} - {"train_evaluator"}
+    for name in sorted(evaluators):
+        _check_evaluator(cfg, name)
+    return warnings
+
+
+def _read_choices(cfg: Config) -> dict[str, str]:
+    given = cfg.get("data_checks") or {}
+    for key, value in given.items():
+        if value not in CHOICES.get(key, ()):
+            fields = "; ".join(f"{name}: {', '.join(values)}" for name, values in CHOICES.items())
+            raise ValueError(f"data_checks.{key}={value!r}: expected {fields}.")
+    return {key: given.get(key, values[0]) for key, values in CHOICES.items()}
+
+
+def _sources(dataset: Any, name: str) -> Iterator[Source]:
+    """The datasets inside wrappers such as RepeatDataset and ConcatDataset."""
+    if not isinstance(dataset, dict):
+        return
+    if "dataset" in dataset:
+        yield from _sources(dataset["dataset"], f"{name}.dataset")
+    for i, part in enumerate(dataset.get("datasets") or []):
+        yield from _sources(part, f"{name}.datasets[{i}]")
+    if "dataset" in dataset or "datasets" in dataset:
+        return
+    with DATASETS.switch_scope_and_registry(None) as registry:
+        cls = registry.get(dataset.get("type", ""))
+    if cls is None:
+        raise ValueError(f"{name}: there is no dataset type {dataset.get('type')!r} in {registry.scope}.")
+    if isinstance(cls, type):
+        yield Source(name, dataset, cls)
+
+
+def _find_pictures(source: Source, checks: dict[str, str]) -> list[Picture]:
+    root = source.cfg.get("data_root")
+    if root and not Path(root).is_dir():
+        raise FileNotFoundError(
+            f"{source.name}.data_root: no directory {root!r}. Set it with --cfg-options {source.name}.data_root=DIR."
+        )
+    prefix = source.cfg.get("data_prefix") or {}
+    if source.is_a(COCO_DATASET):
+        folder = _folder(source, "img", prefix.get("img"))
+        file = source.path(source.argument("ann_file"))
+        content = check_coco_file(
+            file, f"{source.name}.ann_file", masks=bool(source.transform("LoadAnnotations").get("with_mask"))
+        )
+        check_categories(content, source.classes, str(file), ignore_others=checks["other_classes"] == "ignore")
+        return [Picture(folder / image["file_name"], (image["width"], image["height"])) for image in content["images"]]
+    if source.is_a(SEGMENTATION_DATASET):
+        images = _folder(source, "img_path", prefix.get("img_path"))
+        labels = _folder(source, "seg_map_path", prefix["seg_map_path"]) if prefix.get("seg_map_path") else None
+        return _segmentation_pictures(source, images, labels)
+    return []
+
+
+def _folder(source: Source, key: str, value: str | None) -> Path:
+    folder = source.path(value)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{source.name}.data_prefix.{key}: no directory {str(folder)!r}.")
+    return folder
+
+
+def _segmentation_pictures(source: Source, images: Path, labels: Path | None) -> list[Picture]:
+    suffix, label_suffix = source.argument("img_suffix"), source.argument("seg_map_suffix")
+    listed = source.argument("ann_file")
+    if listed:
+        file = source.path(listed)
+        if not file.is_file():
+            raise FileNotFoundError(f"{source.name}.ann_file: no file {str(file)!r}.")
+        names = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    else:
+        names = [str(path.relative_to(images))[: -len(suffix)] for path in sorted(images.rglob(f"*{suffix}"))]
+    if not names:
+        raise ValueError(f"{source.name}: {str(images)!r} holds no *{suffix} file (img_suffix).")
+    return [
+        Picture(images / (name + suffix), label=labels / (name + label_suffix) if labels else None) for name in names
+    ]
+
+
+def _expected_channels(cfg: Config, source: Source) -> int:
+    color_type = source.transform("LoadImageFromFile").get("color_type", "color")
+    expected = len((cfg.model.get("data_preprocessor") or {}).get("mean") or (0, 0, 0))
+    loaded = CHANNELS.get(color_type)
+    if loaded is not None and loaded != expected:
+        raise ValueError(
+            f"{source.name}: LoadImageFromFile(color_type={color_type!r}) gives {loaded} channels, the model's data_preprocessor takes {expected}."
+        )
+    return 0 if loaded is not None else expected
+
+
+def _report_bad_images(source: Source, bad: dict[Path, str], total: int, checks: dict[str, str]) -> list[str]:
+    if not bad:
+        return []
+    faults = _listing(f"{path}: {fault}" for path, fault in bad.items())
+    message = f"{source.name}: {len(bad)} of {total} images can't be used. {faults}"
+    if checks["bad_images"] == "stop":
+        raise ValueError(
+            f"{message} Repair or remove them, or go on without: --cfg-options data_checks.bad_images=skip."
+        )
+    if len(bad) == total:
+        raise ValueError(f"{message} None is left to skip to.")
+    wrapped = dict(source.cfg)
+    source.cfg.clear()
+    source.cfg.update(type="mmengine.without_images", dataset=wrapped, paths=[str(path) for path in bad])
+    return [f"{message} They are skipped."]
+
+
+def _check_labels(source: Source, pictures: list[Picture], checks: dict[str, str]) -> None:
+    if not any(picture.label for picture in pictures):
+        return
+    # With a subset of the classes, MMSegmentation maps the values of all classes of the dataset.
+    count = len(source.cls.METAINFO.get("classes") or source.classes)
+    zero_is_void = source.argument("reduce_zero_label")
+    ignored = source.argument("ignore_index")
+    allowed = [*range(count + 1 if zero_is_void else count), ignored]
+    faults = list(find_bad_labels(pictures, checks["images"], allowed))
+    if faults:
+        meaning = f"0 (void), 1 to {count}" if zero_is_void else f"0 to {count - 1}"
+        raise ValueError(
+            f"{source.name}: {len(faults)} label maps don't fit. Expected {meaning} and {ignored} (ignored), for {count} classes with "
+            f"reduce_zero_label={zero_is_void}. {_listing(faults)} Check the classes and reduce_zero_label, or repair the files."
+        )
+
+
+def _check_heads(model: dict, source: Source) -> None:
+    """Every head must know as many classes as the dataset; both libraries fail late, or not at all, where it doesn't."""
+    if not source.classes:
+        return
+    parts = {**model, **(model.get("roi_head") or {})}
+    for name in ("bbox_head", "mask_head", "decode_head", "auxiliary_head"):
+        heads = parts.get(name) or []
+        for head in heads if isinstance(heads, (list, tuple)) else [heads]:
+            found = head.get("num_classes")
+            if found is not None and found != len(source.classes) and not head.get("class_agnostic"):
+                raise ValueError(
+                    f"{name}.num_classes is {found}, but {source.name} has {len(source.classes)} classes ({_listing(source.classes)}) "
+                    f"Set num_classes={len(source.classes)} in every head, or the dataset's metainfo.classes."
+                )
+
+
+def _check_evaluator(cfg: Config, name: str) -> None:
+    evaluators = cfg.get(name) or []
+    for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
+        file = evaluator.get("ann_file")
+        if file and not Path(file).is_file():
+            raise FileNotFoundError(
+                f"{name}.ann_file: no file {file!r}. Set it with --cfg-options {name}.ann_file=FILE."
+            )
+
+
+def _listing(sentences: Any) -> str:
+    sentences = list(sentences)
+    more = f"; and {len(sentences) - LISTED} more" if len(sentences) > LISTED else ""
+    return "; ".join(sentences[:LISTED]) + more + "."

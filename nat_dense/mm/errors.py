@@ -1,0 +1,41 @@
+"""How the command lines report a mistake of the user: one line and exit status 2, no traceback."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+DEBUG_VARIABLE = "NAT_DENSE_DEBUG"
+"""Set this environment variable to 1 to see the traceback of every error that a command line reports."""
+
+
+@contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """Turns an exception raised inside the block into one line on stderr and exit status 2.
+
+    Wrap what runs before the real work starts (reading the config, the checks, building the model): there, nearly every
+    exception means that the input is wrong. What goes wrong later keeps its traceback.
+
+    Args:
+        program: the name the line starts with, such as "train.py".
+
+    Raises:
+        SystemExit: with status 2, where the block raised an Exception and `NAT_DENSE_DEBUG` is unset.
+    """
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
+            raise
+        print(f"{program}: error: {describe(error)}\n(traceback: {DEBUG_VARIABLE}=1)", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def describe(error: Exception) -> str:
+    """The message of an exception as one readable line, with its type where the text alone says too little."""
+    # str(KeyError("text")) is the repr of the text, quotes included.
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = " ".join(text.split())
+    if isinstance(error, (ValueError, OSError)) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,79 @@
+"""Fits a config to the machine it runs on. What is replaced is returned as sentences, for the user to read."""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.device import get_device
+
+AMP_DEVICES = ("cuda", "npu", "mlu", "musa")
+"""The devices on which MMEngine's AmpOptimWrapper runs; it asserts one of them."""
+
+AMP_ARGUMENTS = ("loss_scale", "dtype", "use_fsdp")
+"""What AmpOptimWrapper takes and OptimWrapper does not."""
+
+
+def fit_to_machine(cfg: Config) -> list[str]:
+    """Replaces, in place, what this machine can't run by what does the same work on it.
+
+    Mixed precision without an accelerator, SyncBN in a single process, persistent data workers where there are no workers, and
+    pycocotools' mAP where faster-coco-eval is installed (the same numbers, sooner).
+
+    Args:
+        cfg: the config; changed in place.
+
+    Returns:
+        One sentence for each replacement.
+
+    Raises:
+        ValueError: a distributed launcher is asked for on a machine without a GPU.
+    """
+    device = get_device()
+    launcher = cfg.get("launcher", "none")
+    if launcher != "none" and device not in AMP_DEVICES:
+        raise ValueError(
+            f"launcher {launcher!r} runs one process per GPU and this machine has none; leave --launcher out to train on the CPU."
+        )
+    notices = []
+    wrapper = cfg.get("optim_wrapper", {})
+    if wrapper.get("type") == "AmpOptimWrapper" and device not in AMP_DEVICES:
+        wrapper["type"] = "OptimWrapper"
+        for argument in AMP_ARGUMENTS:
+            wrapper.pop(argument, None)
+        notices.append("No accelerator: AmpOptimWrapper is replaced by OptimWrapper, training runs in float32.")
+    sync_norms = [node for node in _nodes(cfg.get("model", {})) if node.get("type") in ("SyncBN", "MMSyncBN")]
+    if sync_norms and launcher == "none":
+        for node in sync_norms:
+            node["type"] = "BN"
+        notices.append("One process: SyncBN is replaced by BN, which computes the same within it.")
+    for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        loader = cfg.get(name) or {}
+        if loader.get("num_workers") == 0 and loader.get("persistent_workers"):
+            loader["persistent_workers"] = False
+            notices.append(f"{name}: no workers, so persistent_workers is off.")
+    return notices + _prefer_faster_coco(cfg)
+
+
+def _prefer_faster_coco(cfg: Config) -> list[str]:
+    evaluators = [node for name in ("val_evaluator", "test_evaluator") for node in _nodes(cfg.get(name) or {})]
+    coco = [node for node in evaluators if node.get("type") == "CocoMetric"]
+    if not coco or cfg.get("default_scope") != "mmdet":
+        return []
+    from mmdet.registry import METRICS
+
+    if find_spec("faster_coco_eval") is None or METRICS.get("FasterCocoMetric") is None:
+        return ["mAP is computed by pycocotools; `pip install faster-coco-eval` makes it several times faster."]
+    for node in coco:
+        node["type"] = "FasterCocoMetric"
+        node.pop("use_mp_eval", None)
+    return []
+
+
+def _nodes(value: Any) -> Iterator[dict]:
+    """Every dict inside a config, at any depth."""
+    if isinstance(value, dict):
+        yield value
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    for child in children:
+        yield from _nodes(child)

@@ -1,0 +1,157 @@
+"""What is wrong with a config's model is found by building it once, before anything is written."""
+
+import inspect
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nat_dense.models.backbone import NeighborhoodBackbone
+
+TASK_OF_SCOPE = {"mmdet": "detection", "mmseg": "segmentation"}
+"""The dilation presets made for each library start with these names."""
+
+
+def check_model(cfg: Config) -> tuple[nn.Module, list[str]]:
+    """Builds the config's model on the CPU and checks that it can train and that its parts fit together.
+
+    The random state is left as it was, so that a later build draws the same initial weights as without this check.
+
+    Args:
+        cfg: the config; its `default_scope` must be active.
+
+    Returns:
+        The model, and warnings for the user.
+
+    Raises:
+        FileNotFoundError: a local file of initial weights is missing.
+        ValueError: a misspelt or wrong field, parts that don't fit, or batch norm with one value per channel.
+    """
+    backbone = cfg.model.get("backbone", {})
+    _check_fields(backbone)
+    _check_initial_weights(cfg.model, "model")
+    with torch.random.fork_rng(devices=[]):
+        model = MODELS.build(cfg.model)
+        _check_channels(model)
+    if cfg.get("train_dataloader"):
+        _check_batch_norm(model, cfg.train_dataloader.get("batch_size"))
+    return model, _check_dilations(cfg)
+
+
+def _check_fields(backbone: dict) -> None:
+    cls = _class_of(backbone)
+    if cls is None:
+        return
+    fields = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+    for field in backbone:
+        if field not in fields and field != "type":
+            close = get_close_matches(field, fields, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f"model.backbone: {cls.__name__} has no field {field!r}.{hint} Its fields: {', '.join(fields)}."
+            )
+
+
+def _check_initial_weights(node: Any, name: str) -> None:
+    if isinstance(node, (list, tuple)):
+        node = dict(enumerate(node))
+    if not isinstance(node, dict):
+        return
+    checkpoint = node.get("checkpoint")
+    if (
+        name.endswith("init_cfg")
+        and isinstance(checkpoint, str)
+        and "://" not in checkpoint
+        and not Path(checkpoint).is_file()
+    ):
+        raise FileNotFoundError(f"{name}.checkpoint: no file {checkpoint!r}. {name}=None trains from scratch.")
+    for key, value in node.items():
+        _check_initial_weights(value, f"{name}.{key}")
+
+
+def _check_channels(model: nn.Module) -> None:
+    """Sends a small image of the configured channels through a backbone of ours and its neck."""
+    backbone = getattr(model, "backbone", None)
+    if not isinstance(backbone, NeighborhoodBackbone):
+        return
+    mean = getattr(getattr(model, "data_preprocessor", None), "mean", None)
+    image = torch.zeros(1, 3 if mean is None else mean.numel(), 32, 32)
+    backbone.eval()
+    with torch.no_grad():
+        maps = backbone(image)
+    widths = [m.shape[1] for m in maps]
+    consumers = {"neck": getattr(model, "neck", None)}
+    if consumers["neck"] is None:
+        consumers = {name: getattr(model, name, None) for name in ("decode_head", "auxiliary_head")}
+    for name, module in consumers.items():
+        _check_in_channels(name, module, widths)
+
+
+def _check_in_channels(name: str, module: nn.Module | None, widths: list[int]) -> None:
+    expected = getattr(module, "in_channels", None)
+    if expected is None:
+        return
+    index = getattr(module, "in_index", None)
+    try:
+        found = (
+            widths
+            if index is None
+            else [widths[i] for i in index]
+            if isinstance(index, (list, tuple))
+            else widths[index]
+        )
+    except IndexError:
+        raise ValueError(
+            f"model.{name}.in_index is {index}, but the backbone gives {len(widths)} maps (out_indices)."
+        ) from None
+    if isinstance(expected, (list, tuple)):
+        expected = list(expected)
+    if expected != found:
+        raise ValueError(f"model.{name}.in_channels is {expected}, but the backbone's maps have {found} channels.")
+
+
+def _check_batch_norm(model: nn.Module, batch_size: int | None) -> None:
+    """Batch norm behind a pooling to 1x1 (PSP and UPer heads) has one value per channel when the batch is one image."""
+    if batch_size != 1:
+        return
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Sequential):
+            continue
+        pools = any(isinstance(part, nn.AdaptiveAvgPool2d) and part.output_size in (1, (1, 1)) for part in module)
+        norms = [
+            part for part in module.modules() if isinstance(part, _BatchNorm) and not isinstance(part, nn.SyncBatchNorm)
+        ]
+        if pools and norms:
+            raise ValueError(
+                f"train_dataloader.batch_size is 1, but {name} applies batch norm to a 1x1 map: with one image there is nothing "
+                "to normalise over. Use a batch_size of 2 or more (or SyncBN on several GPUs, or norm_cfg=dict(type='GN', ...))."
+            )
+
+
+def _check_dilations(cfg: Config) -> list[str]:
+    backbone = cfg.model.get("backbone", {})
+    task = TASK_OF_SCOPE.get(cfg.get("default_scope", ""))
+    cls = _class_of(backbone)
+    if task is None or cls is None:
+        return []
+    given = backbone.get("dilations")
+    dilations = cls.default_dilations if given is None else given
+    if not isinstance(dilations, str) or dilations.startswith((task, "mask2former")):
+        return []
+    return [
+        f"model.backbone.dilations is {dilations!r}, the preset of another task; the published models for this one use {task!r}."
+    ]
+
+
+def _class_of(backbone: dict) -> type[NeighborhoodBackbone] | None:
+    """The class behind `type`, if it is one of ours."""
+    if not isinstance(backbone.get("type"), str):
+        return None
+    with MODELS.switch_scope_and_registry(None) as registry:
+        cls = registry.get(backbone["type"])
+    return cls if inspect.isclass(cls) and issubclass(cls, NeighborhoodBackbone) else None

@@ -1,0 +1,130 @@
+"""What the command lines' options change in a config."""
+
+from pathlib import Path
+
+from mmengine.config import Config, ConfigDict
+
+FLIP_META = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
+"""What MMDetection's test-time augmentation needs to know of each view to merge it."""
+
+
+def set_work_dir(cfg: Config, work_dir: str | None) -> None:
+    """Chooses where a run writes: the option, else the config's own, else `work_dirs/` and the config's name."""
+    cfg.work_dir = work_dir or cfg.get("work_dir") or str(Path("work_dirs", Path(cfg.filename).stem))
+
+
+def set_resume(cfg: Config, resume: str | None) -> None:
+    """`--resume`: "auto" goes on with the latest checkpoint of the work-dir, a path with that checkpoint."""
+    if resume is not None:
+        cfg.resume = True
+        cfg.load_from = None if resume == "auto" else resume
+
+
+def set_randomness(cfg: Config, seed: int | None, deterministic: bool) -> None:
+    """`--seed` and `--deterministic`; what is not given stays as the config has it."""
+    randomness = dict(cfg.get("randomness") or {})
+    if seed is not None:
+        randomness["seed"] = seed
+    if deterministic:
+        randomness["deterministic"] = True
+    if randomness:
+        cfg.randomness = randomness
+
+
+def enable_amp(cfg: Config) -> None:
+    """`--amp`: mixed precision with a dynamic loss scale.
+
+    Raises:
+        ValueError: the config's optimizer wrapper is neither the plain nor the mixed-precision one.
+    """
+    found = cfg.optim_wrapper.get("type", "OptimWrapper")
+    if found not in ("OptimWrapper", "AmpOptimWrapper"):
+        raise ValueError(
+            f"--amp replaces OptimWrapper, but the config's optim_wrapper.type is {found!r}; set AMP in the config."
+        )
+    cfg.optim_wrapper.type = "AmpOptimWrapper"
+    cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
+
+
+def enable_auto_scale_lr(cfg: Config) -> None:
+    """`--auto-scale-lr`: scales the learning rate by the batch size over `auto_scale_lr.base_batch_size`.
+
+    Raises:
+        ValueError: the config doesn't say for which batch size its learning rate is.
+    """
+    if not (cfg.get("auto_scale_lr") or {}).get("base_batch_size"):
+        raise ValueError(
+            "--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=N) in the config: the batch size its lr is for."
+        )
+    cfg.auto_scale_lr.enable = True
+
+
+def set_show_dir(cfg: Config, show_dir: str) -> None:
+    """`--show-dir`: draws every tested image, prediction beside ground truth, into this directory.
+
+    Raises:
+        ValueError: the config has no visualization hook to draw with.
+    """
+    hook = (cfg.get("default_hooks") or {}).get("visualization")
+    if hook is None:
+        raise ValueError(
+            "--show-dir needs default_hooks.visualization in the config (DetVisualizationHook or SegVisualizationHook)."
+        )
+    hook.draw = True
+    folder = str(Path(show_dir).absolute())
+    if hook.type == "DetVisualizationHook":
+        hook.test_out_dir = folder
+    else:
+        cfg.visualizer.vis_backends = [dict(type="LocalVisBackend", img_save_dir=folder)]
+
+
+def set_out(cfg: Config, out: str) -> None:
+    """`--out`: writes predictions, a pickle of MMDetection's results or a folder of MMSegmentation's index PNGs.
+
+    Raises:
+        ValueError: the path doesn't fit the task.
+    """
+    evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
+    is_pickle = Path(out).suffix in (".pkl", ".pickle")
+    if cfg.get("default_scope") == "mmseg":
+        if is_pickle:
+            raise ValueError(f"--out {out}: predictions of a segmentor are PNG files; name a directory.")
+        evaluators[0].output_dir = out
+    elif not is_pickle:
+        raise ValueError(f"--out {out}: predictions of a detector are a pickle; name a .pkl file.")
+    else:
+        evaluators = [*evaluators, dict(type="DumpDetResults", out_file_path=out)]
+    cfg.test_evaluator = evaluators
+
+
+def enable_tta(cfg: Config) -> list[str]:
+    """`--tta`: test-time augmentation, by the config's own recipe or, for detectors without one, with a horizontal flip.
+
+    Returns:
+        Sentences for the user: MMDetection merges boxes only, so masks are left out.
+
+    Raises:
+        ValueError: the config has no recipe and its task no default.
+    """
+    notices = []
+    if not (cfg.get("tta_model") and cfg.get("tta_pipeline")):
+        if cfg.get("default_scope") != "mmdet":
+            raise ValueError("--tta needs tta_model and tta_pipeline in the config.")
+        nms = dict(type="nms", iou_threshold=0.5)
+        cfg.tta_model = dict(type="DetTTAModel", tta_cfg=dict(nms=nms, max_per_img=100))
+        cfg.tta_pipeline = [*cfg.test_dataloader.dataset.pipeline[:-1], _flip_and_pack()]
+    if cfg.tta_model.type == "DetTTAModel" and cfg.model.get("roi_head", {}).get("mask_head"):
+        cfg.model.roi_head.update(mask_head=None, mask_roi_extractor=None)
+        evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
+        for evaluator in evaluators:
+            if "segm" in (evaluator.get("metric") or []):
+                evaluator.metric = "bbox"
+        notices.append("--tta: MMDetection merges boxes only; masks are neither predicted nor evaluated.")
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    return notices
+
+
+def _flip_and_pack() -> dict:
+    flips = [dict(type="RandomFlip", prob=0.0), dict(type="RandomFlip", prob=1.0)]
+    return dict(type="TestTimeAug", transforms=[flips, [dict(type="PackDetInputs", meta_keys=FLIP_META)]])

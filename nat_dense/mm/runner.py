@@ -1,0 +1,59 @@
+"""From a config to a Runner that may start: the one way that every command takes."""
+
+from typing import Any, Literal
+
+from mmengine.config import Config
+from mmengine.registry import RUNNERS, init_default_scope
+from mmengine.runner import Runner
+
+from nat_dense.mm.checkpoints import (
+    DropEmbeddedConfig,
+    check_fits,
+    check_work_dir,
+    read_checkpoint,
+    refuse_pickled_code,
+)
+from nat_dense.mm.data_checks import check_data
+from nat_dense.mm.machine import fit_to_machine
+from nat_dense.mm.model_checks import check_model
+from nat_dense.mm.options import enable_tta
+
+LOADERS = {"train": ("train_dataloader", "val_dataloader"), "test": ("test_dataloader",)}
+
+
+def build_runner(cfg: Config, mode: Literal["train", "test"] = "train", *, tta: bool = False) -> Runner:
+    """Checks a config, fits it to this machine and builds its Runner.
+
+    Every check comes before the Runner, which is the first to write into `work_dir`. What the user should know is printed, one line
+    each, before that.
+
+    Args:
+        cfg: a complete config with `work_dir`; changed in place by what the machine demands (`fit_to_machine`).
+        mode: "train" checks the training and validation data and the work-dir; "test" the test data and that `load_from` fits.
+        tta: whether to test with test-time augmentation.
+
+    Returns:
+        The Runner, to be called as `runner.train()` or `runner.test()`.
+
+    Raises:
+        FileNotFoundError: data, annotations or checkpoints are missing.
+        ValueError: a part of the config, the data or the checkpoint is wrong.
+    """
+    refuse_pickled_code()
+    init_default_scope(cfg.get("default_scope", "mmengine"))
+    notices = fit_to_machine(cfg)
+    model, warnings = check_model(cfg)
+    notices += warnings
+    notices += check_data(cfg, tuple(name for name in LOADERS[mode] if cfg.get(name)))
+    if mode == "train":
+        notices += check_work_dir(cfg, model)
+    elif cfg.get("load_from"):
+        notices += check_fits(model, read_checkpoint(cfg.load_from), cfg.load_from)
+    del model
+    if tta:
+        notices += enable_tta(cfg)
+    for notice in notices:
+        print(f"note: {notice}", flush=True)
+    runner: Any = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    runner.register_hook(DropEmbeddedConfig())
+    return runner

@@ -1,0 +1,63 @@
+"""Trains a detector or a segmentor from a config.
+
+python tools/train.py configs/mask_rcnn/mask-rcnn_nat-tiny_fpn_8xb2-amp-ms-crop-3x_coco.py
+python tools/train.py mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py --cfg-options train_dataloader.batch_size=4
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from mmengine.config import DictAction
+
+from nat_dense.mm.config import load_config
+from nat_dense.mm.errors import one_line_errors
+from nat_dense.mm.options import enable_amp, enable_auto_scale_lr, set_randomness, set_resume, set_work_dir
+from nat_dense.mm.runner import build_runner
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a config file, or mmdet::FOLDER/NAME.py, mmseg::FOLDER/NAME.py")
+    parser.add_argument("--work-dir", help="where checkpoints and logs go (default: work_dirs/ and the config's name)")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="CHECKPOINT",
+        help="go on from this checkpoint, or without a value from the latest of the work-dir",
+    )
+    parser.add_argument("--amp", action="store_true", help="mixed precision (needs an accelerator)")
+    parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the batch size")
+    parser.add_argument(
+        "--seed", type=int, help="random seed (default: the config's, else a random one, which is logged)"
+    )
+    parser.add_argument(
+        "--deterministic", action="store_true", help="deterministic kernels where there are any; slower"
+    )
+    parser.add_argument(
+        "--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help="changes to the config"
+    )
+    parser.add_argument(
+        "--launcher", choices=["none", "pytorch", "slurm"], default="none", help="how the processes were started"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    with one_line_errors("train.py"):
+        cfg = load_config(args.config, args.cfg_options)
+        cfg.launcher = args.launcher
+        set_work_dir(cfg, args.work_dir)
+        set_resume(cfg, args.resume)
+        set_randomness(cfg, args.seed, args.deterministic)
+        if args.amp:
+            enable_amp(cfg)
+        if args.auto_scale_lr:
+            enable_auto_scale_lr(cfg)
+        runner = build_runner(cfg, "train")
+    runner.train()
+
+
+if __name__ == "__main__":
+    main()
