@@ -1,5 +1,6 @@
 """What touches MMEngine, MMDetection and MMSegmentation: the way from a config file to a Runner that may start.
 
 Start with `runner.py` (`build_runner`: every check, then the Runner), then `config.py` (`mmdet::` and `mmseg::` paths),
-`machine.py` (what this machine can't do is replaced, and said), `model_checks.py`, `data_checks.py` and `checkpoints.py`.
+`machine.py` (what this machine can't do is replaced, and said), `model_checks.py`, `data_checks.py` and
+`checkpoints.py`.
 """

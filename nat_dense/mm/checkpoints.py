@@ -29,15 +29,16 @@ class DropEmbeddedConfig(Hook):
 def refuse_pickled_code() -> None:
     """Makes every `torch.load` of this process, MMEngine's included, refuse files that hold more than data.
 
-    MMEngine falls back to full unpickling, which runs whatever code a file brings along; this environment variable of PyTorch
-    is what stops it. What MMEngine's own checkpoints hold (its loss history, NumPy scalars) is admitted.
+    MMEngine falls back to full unpickling, which runs whatever code a file brings along; this environment variable of
+    PyTorch is what stops it. What MMEngine's own checkpoints hold (its loss history, NumPy scalars) is admitted.
 
     Raises:
         ValueError: the environment demands the opposite.
     """
     if os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0").lower() in ("1", "y", "yes", "true"):
         raise ValueError(
-            "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set, which lets checkpoints run code; unset it (nat_dense loads data only)."
+            "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set, which lets checkpoints run code; unset it (nat_dense loads data "
+            "only)."
         )
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     # The forks admit these themselves; the original MMEngine does not, and could not resume from its own checkpoints.
@@ -69,7 +70,8 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         raise ValueError(f"{path!r} can't be loaded as data (code in checkpoints is never run): {reason}") from error
     if not isinstance(checkpoint, Mapping):
         raise ValueError(
-            f"{path!r} holds a {type(checkpoint).__name__}, not a checkpoint (a dict of tensors or with a 'state_dict')."
+            f"{path!r} holds a {type(checkpoint).__name__}, not a checkpoint (a dict of tensors or with a "
+            "'state_dict')."
         )
     return dict(checkpoint)
 
@@ -94,14 +96,14 @@ def check_fits(model: nn.Module, checkpoint: Mapping[str, Any], source: str) -> 
     missing = [key for key in expected if key not in found]
     if missing:
         raise ValueError(
-            f"{source!r} is of another model: it lacks {len(missing)} of {len(expected)} weights, such as {missing[0]!r}"
-            f"{_unknown_key(found, expected)}. Use the config that it was trained with."
+            f"{source!r} is of another model: it lacks {len(missing)} of {len(expected)} weights, such as "
+            f"{missing[0]!r}{_unknown_key(found, expected)}. Use the config that it was trained with."
         )
     for key, weight in expected.items():
         if found[key].shape != weight.shape:
             raise ValueError(
-                f"{source!r} is of another model: {key!r} has shape {tuple(found[key].shape)}, this config's model needs "
-                f"{tuple(weight.shape)}. Use the config that it was trained with."
+                f"{source!r} is of another model: {key!r} has shape {tuple(found[key].shape)}, this config's model "
+                f"needs {tuple(weight.shape)}. Use the config that it was trained with."
             )
     unused = [key for key in found if key not in expected]
     return [f"{source!r}: {len(unused)} weights are not used by this model, such as {unused[0]!r}."] if unused else []
@@ -124,15 +126,16 @@ def check_work_dir(cfg: Config, model: nn.Module) -> list[str]:
 
     Raises:
         FileNotFoundError: the checkpoint to resume from is gone.
-        ValueError: the directory or the checkpoint belongs to another config or model, or a fresh run would overwrite checkpoints.
+        ValueError: the directory or the checkpoint belongs to another config or model, or a fresh run would overwrite
+            checkpoints.
     """
     work_dir = Path(cfg.work_dir)
     if not cfg.get("resume"):
         present = sorted(path.name for path in work_dir.glob("*.pth"))
         if present:
             raise ValueError(
-                f"work-dir {str(work_dir)!r} already holds {len(present)} checkpoint(s), such as {present[0]!r}, that a new run "
-                "could overwrite. Go on with it (--resume), or choose another --work-dir."
+                f"work-dir {str(work_dir)!r} already holds {len(present)} checkpoint(s), such as {present[0]!r}, that "
+                "a new run could overwrite. Go on with it (--resume), or choose another --work-dir."
             )
         return []
     source = cfg.get("load_from") or find_latest_checkpoint(str(work_dir))
@@ -141,7 +144,8 @@ def check_work_dir(cfg: Config, model: nn.Module) -> list[str]:
     checkpoint = read_checkpoint(source)
     if not {"meta", "optimizer"} <= set(checkpoint):
         raise ValueError(
-            f"{source!r} holds weights but no training state to resume; start from it with --cfg-options load_from={source}."
+            f"{source!r} holds weights but no training state to resume; start from it with --cfg-options "
+            f"load_from={source}."
         )
     if not cfg.get("load_from"):
         _check_same_experiment(cfg, checkpoint["meta"].get("experiment_name", ""), source)
@@ -153,6 +157,6 @@ def _check_same_experiment(cfg: Config, experiment: str, source: str) -> None:
     expected = cfg.get("experiment_name") or Path(cfg.filename or "").stem
     if found and expected and found != expected:
         raise ValueError(
-            f"work-dir {cfg.work_dir!r} holds checkpoints of the config {found!r}, not of {expected!r}. Choose another --work-dir, "
-            f"or, to go on with those weights on purpose, name the file: --resume {source}"
+            f"work-dir {cfg.work_dir!r} holds checkpoints of the config {found!r}, not of {expected!r}. Choose another "
+            f"--work-dir, or, to go on with those weights on purpose, name the file: --resume {source}"
         )

@@ -64,8 +64,8 @@ def _check_references(content: dict[str, Any], where: str) -> None:
 def check_categories(content: dict[str, Any], classes: Sequence[str], file: str, ignore_others: bool) -> None:
     """Checks that the file's categories are the config's classes, in the same order.
 
-    MMDetection numbers the labels in the file's order and names them in the config's; where the two differ, it silently trains
-    and evaluates under wrong names.
+    MMDetection numbers the labels in the file's order and names them in the config's; where the two differ, it
+    silently trains and evaluates under wrong names.
 
     Args:
         content: what `check_coco_file` returned.
@@ -80,8 +80,9 @@ def check_categories(content: dict[str, Any], classes: Sequence[str], file: str,
     others = [name for name in names if name not in classes]
     if others and not ignore_others:
         raise ValueError(
-            f"{file!r} has classes that the config doesn't have: {_names(others)}; the config's: {_names(classes)}. Set the dataset's "
-            "metainfo.classes (and num_classes of the heads), or leave these out: --cfg-options data_checks.other_classes=ignore."
+            f"{file!r} has classes that the config doesn't have: {_names(others)}; the config's: {_names(classes)}. "
+            "Set the dataset's metainfo.classes (and num_classes of the heads), or leave these out: --cfg-options "
+            "data_checks.other_classes=ignore."
         )
     common = [name for name in names if name in classes]
     absent = [name for name in classes if name not in common]
@@ -91,8 +92,8 @@ def check_categories(content: dict[str, Any], classes: Sequence[str], file: str,
         )
     if common != list(classes):
         raise ValueError(
-            f"{file!r} lists its categories in another order ({_names(common)}) than the config's classes ({_names(classes)}), and "
-            "MMDetection would mix them up. Give metainfo.classes in the file's order."
+            f"{file!r} lists its categories in another order ({_names(common)}) than the config's classes "
+            f"({_names(classes)}), and MMDetection would mix them up. Give metainfo.classes in the file's order."
         )
 
 

@@ -1,4 +1,4 @@
-"""Reading configs: files of a clone, and those that MMDetection and MMSegmentation ship (`mmdet::...`, `mmseg::...`)."""
+"""Reading configs: files, and those that MMDetection and MMSegmentation ship (`mmdet::...`, `mmseg::...`)."""
 
 import inspect
 from difflib import get_close_matches
@@ -46,8 +46,8 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
 def _find_libraries_by_module() -> None:
     """Makes MMEngine find MMSegmentation's configs whatever the installed distribution is called.
 
-    MMEngine looks for a distribution named `mmsegmentation`, which the maintained forks are not. Under the name of the module
-    it falls back to the import system, which finds both. Configs with `_base_ = 'mmseg::...'` need it.
+    MMEngine looks for a distribution named `mmsegmentation`, which the maintained forks are not. Under the name of the
+    module it falls back to the import system, which finds both. Configs with `_base_ = 'mmseg::...'` need it.
     """
     MODULE2PACKAGE["mmseg"] = "mmseg"
 
@@ -59,8 +59,8 @@ def _shipped_config(path: str) -> Path:
     spec = find_spec(scope)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
-            f"{path!r} is a config of {DISTRIBUTIONS[scope]}, which is not installed; `pip install --no-build-isolation "
-            f"{DISTRIBUTIONS[scope]}` installs it."
+            f"{path!r} is a config of {DISTRIBUTIONS[scope]}, which is not installed; `pip install "
+            f"--no-build-isolation {DISTRIBUTIONS[scope]}` installs it."
         )
     return Path(spec.submodule_search_locations[0], ".mim", "configs", name)
 

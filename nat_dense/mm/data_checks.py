@@ -2,11 +2,13 @@
 
 A config (or `--cfg-options`) may set `data_checks`, a dict with:
 
-- `images`: "sample" (default: look up every file, decode at most 500 a dataset), "all" (decode every one) or "none" (look up only).
+- `images`: "sample" (default: look up every file, decode at most 500 a dataset), "all" (decode every one) or "none"
+  (look up only).
 - `bad_images`: "stop" (default) or "skip": go on without the bad images, which are listed.
 - `other_classes`: "stop" (default) or "ignore": annotations of classes that the config doesn't have.
 """
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,8 +72,6 @@ class Source:
 
     def argument(self, name: str) -> Any:
         """A field of the dataset: the config's, else the default of its class."""
-        import inspect
-
         parameters = [inspect.signature(base.__init__).parameters.get(name) for base in self.cls.__mro__]
         defaults = [p.default for p in parameters if p is not None and p.default is not p.empty]
         return self.cfg.get(name, defaults[0] if defaults else None)
@@ -85,7 +85,9 @@ class Source:
 
 
 def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
-    """Checks the datasets and evaluators that a run will use. With `bad_images="skip"`, takes bad images out of the config's datasets.
+    """Checks the datasets and evaluators that a run will use.
+
+    With `bad_images="skip"`, bad images are taken out of the config's datasets, in place.
 
     Args:
         cfg: the config; its `default_scope` must be active.
@@ -192,7 +194,8 @@ def _expected_channels(cfg: Config, source: Source) -> int:
     loaded = CHANNELS.get(color_type)
     if loaded is not None and loaded != expected:
         raise ValueError(
-            f"{source.name}: LoadImageFromFile(color_type={color_type!r}) gives {loaded} channels, the model's data_preprocessor takes {expected}."
+            f"{source.name}: LoadImageFromFile(color_type={color_type!r}) gives {loaded} channels, the model's "
+            f"data_preprocessor takes {expected}."
         )
     return 0 if loaded is not None else expected
 
@@ -226,13 +229,14 @@ def _check_labels(source: Source, pictures: list[Picture], checks: dict[str, str
     if faults:
         meaning = f"0 (void), 1 to {count}" if zero_is_void else f"0 to {count - 1}"
         raise ValueError(
-            f"{source.name}: {len(faults)} label maps don't fit. Expected {meaning} and {ignored} (ignored), for {count} classes with "
-            f"reduce_zero_label={zero_is_void}. {_listing(faults)} Check the classes and reduce_zero_label, or repair the files."
+            f"{source.name}: {len(faults)} label maps don't fit. Expected {meaning} and {ignored} (ignored), for "
+            f"{count} classes with reduce_zero_label={zero_is_void}. {_listing(faults)} Check the classes and "
+            "reduce_zero_label, or repair the files."
         )
 
 
 def _check_heads(model: dict, source: Source) -> None:
-    """Every head must know as many classes as the dataset; both libraries fail late, or not at all, where it doesn't."""
+    """Every head must know as many classes as the dataset; both libraries fail late, or never, where it doesn't."""
     if not source.classes:
         return
     parts = {**model, **(model.get("roi_head") or {})}
@@ -242,8 +246,9 @@ def _check_heads(model: dict, source: Source) -> None:
             found = head.get("num_classes")
             if found is not None and found != len(source.classes) and not head.get("class_agnostic"):
                 raise ValueError(
-                    f"{name}.num_classes is {found}, but {source.name} has {len(source.classes)} classes ({_listing(source.classes)}) "
-                    f"Set num_classes={len(source.classes)} in every head, or the dataset's metainfo.classes."
+                    f"{name}.num_classes is {found}, but {source.name} has {len(source.classes)} classes "
+                    f"({_listing(source.classes)}) Set num_classes={len(source.classes)} in every head, or the "
+                    "dataset's metainfo.classes."
                 )
 
 

@@ -17,8 +17,8 @@ AMP_ARGUMENTS = ("loss_scale", "dtype", "use_fsdp")
 def fit_to_machine(cfg: Config) -> list[str]:
     """Replaces, in place, what this machine can't run by what does the same work on it.
 
-    Mixed precision without an accelerator, SyncBN in a single process, persistent data workers where there are no workers, and
-    pycocotools' mAP where faster-coco-eval is installed (the same numbers, sooner).
+    Mixed precision without an accelerator, SyncBN in a single process, persistent data workers where there are no
+    workers, and pycocotools' mAP where faster-coco-eval is installed (the same numbers, sooner).
 
     Args:
         cfg: the config; changed in place.
@@ -33,7 +33,8 @@ def fit_to_machine(cfg: Config) -> list[str]:
     launcher = cfg.get("launcher", "none")
     if launcher != "none" and device not in AMP_DEVICES:
         raise ValueError(
-            f"launcher {launcher!r} runs one process per GPU and this machine has none; leave --launcher out to train on the CPU."
+            f"launcher {launcher!r} runs one process per GPU and this machine has none; leave --launcher out to train "
+            "on the CPU."
         )
     notices = []
     wrapper = cfg.get("optim_wrapper", {})

@@ -128,8 +128,9 @@ def _check_batch_norm(model: nn.Module, batch_size: int | None) -> None:
         ]
         if pools and norms:
             raise ValueError(
-                f"train_dataloader.batch_size is 1, but {name} applies batch norm to a 1x1 map: with one image there is nothing "
-                "to normalise over. Use a batch_size of 2 or more (or SyncBN on several GPUs, or norm_cfg=dict(type='GN', ...))."
+                f"train_dataloader.batch_size is 1, but {name} applies batch norm to a 1x1 map: with one image there "
+                "is nothing to normalise over. Use a batch_size of 2 or more (or SyncBN on several GPUs, or "
+                "norm_cfg=dict(type='GN', ...))."
             )
 
 
@@ -144,7 +145,8 @@ def _check_dilations(cfg: Config) -> list[str]:
     if not isinstance(dilations, str) or dilations.startswith((task, "mask2former")):
         return []
     return [
-        f"model.backbone.dilations is {dilations!r}, the preset of another task; the published models for this one use {task!r}."
+        f"model.backbone.dilations is {dilations!r}, the preset of another task; the published models for this one use "
+        f"{task!r}."
     ]
 
 

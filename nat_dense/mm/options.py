@@ -98,7 +98,7 @@ def set_out(cfg: Config, out: str) -> None:
 
 
 def enable_tta(cfg: Config) -> list[str]:
-    """`--tta`: test-time augmentation, by the config's own recipe or, for detectors without one, with a horizontal flip.
+    """`--tta`: test-time augmentation, by the config's recipe or, for detectors without one, with a horizontal flip.
 
     Returns:
         Sentences for the user: MMDetection merges boxes only, so masks are left out.

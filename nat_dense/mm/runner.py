@@ -24,12 +24,13 @@ LOADERS = {"train": ("train_dataloader", "val_dataloader"), "test": ("test_datal
 def build_runner(cfg: Config, mode: Literal["train", "test"] = "train", *, tta: bool = False) -> Runner:
     """Checks a config, fits it to this machine and builds its Runner.
 
-    Every check comes before the Runner, which is the first to write into `work_dir`. What the user should know is printed, one line
-    each, before that.
+    Every check comes before the Runner, which is the first to write into `work_dir`. What the user should know is
+    printed, one line each, before that.
 
     Args:
         cfg: a complete config with `work_dir`; changed in place by what the machine demands (`fit_to_machine`).
-        mode: "train" checks the training and validation data and the work-dir; "test" the test data and that `load_from` fits.
+        mode: "train" checks the training and validation data and the work-dir; "test" the test data and that
+            `load_from` fits.
         tta: whether to test with test-time augmentation.
 
     Returns:

@@ -1,0 +1,8 @@
+_base_ = './cascade-mask-rcnn_nat-tiny_fpn_8xb2-amp-ms-crop-3x_coco.py'
+
+model = dict(
+    backbone=dict(
+        arch='base',
+        drop_path_rate=0.5,
+        init_cfg=dict(checkpoint='https://shi-labs.com/projects/nat/checkpoints/CLS/nat_base.pth')),
+    neck=dict(in_channels=[128, 256, 512, 1024]))

@@ -1,0 +1,9 @@
+_base_ = './nat-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py'
+
+model = dict(
+    backbone=dict(
+        type='DiNAT',
+        arch='mini',
+        dilations='segmentation',
+        drop_path_rate=0.2,
+        init_cfg=dict(checkpoint='https://shi-labs.com/projects/dinat/checkpoints/imagenet1k/dinat_mini_in1k_224.pth')))
