@@ -4,6 +4,7 @@ Start with `functional.py` (the operator), then `reference.py` (its definition) 
 (which implementation runs, and why).
 """
 
+from nat_dense.ops import flops  # noqa: F401  (registers the operation counts)
 from nat_dense.ops.backends import Backend, backend_report
 from nat_dense.ops.functional import na2d
 
