@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nat_dense.models import variants
 from nat_dense.models.attention import NeighborhoodAttention2D
-from nat_dense.models.layers import DropPath, Mlp
+from nat_dense.models.layers import DropPath, Mlp, in_runs
 
 Dilations = str | Sequence[Sequence[int]] | None
 
@@ -37,7 +37,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
-        x = x + self.drop_path(_scaled(self.attn(self.norm1(x)), self.gamma1))
+        return in_runs(self._add_branches, x, self.attn(x, self.norm1))
+
+    def _add_branches(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.drop_path(_scaled(attended, self.gamma1))
         return x + self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma2))
 
 

@@ -5,9 +5,46 @@ Parameter names are those of the released checkpoints, which makes them public A
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+RUN_BYTES = 512 << 10
+"""Tokens are taken in runs of about this many bytes, so that what a run makes of them stays in the CPU's cache."""
+
+MIN_RUN = 512
+"""Tokens in the shortest run: fewer would cost the matrix products more than the cache gives."""
+
+
+def in_runs(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
+    """`function(*maps)` for a function that works on each token alone.
+
+    In CPU inference it is called on runs of tokens, [tokens, C], and the results are put together: the intermediate
+    values then never leave the cache, which halves the time of a wide MLP. Elsewhere it is called once.
+
+    Args:
+        function: Takes as many tensors [..., C_i] as there are maps, returns [..., C].
+        maps: [B, H, W, C_i] each.
+    """
+    first = maps[0]
+    step = max(MIN_RUN, RUN_BYTES // (first.shape[-1] * first.element_size()))
+    if first.device.type != "cpu" or torch.is_grad_enabled() or _is_traced() or first.shape[:-1].numel() <= step:
+        return function(*maps)
+    runs = zip(*(m.flatten(0, -2).split(step) for m in maps), strict=True)
+    start = function(*next(runs))
+    out = start.new_empty(*first.shape[:-1], start.shape[-1])
+    places = iter(out.flatten(0, -2).split(step))
+    next(places).copy_(start)
+    for run, place in zip(runs, places, strict=True):
+        place.copy_(function(*run))
+    return out
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 class Linear(nn.Linear):
@@ -51,7 +88,9 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        hidden = self.fc1(x)
+        hidden = self.act(hidden) if torch.is_grad_enabled() else torch.ops.aten.gelu_(hidden)
+        return self.drop(self.fc2(self.drop(hidden)))
 
 
 class ConvTokenizer(nn.Module):
