@@ -28,7 +28,8 @@ class Published:
         method: One of `METHODS`.
         family, arch: A row of `variants.VARIANTS`.
         params_m: Parameters of the whole model as published, in 10^6, rounded to an integer.
-        gmacs: Published cost of one image in 10^9 multiply-adds (the papers say FLOPs), rounded to an integer.
+        gmacs: Published cost of one image of `image_size` in 10^9 multiply-adds (the papers say FLOPs) with fvcore's
+            rough counts of norms and resizes (see `nat_dense.mm.flops`), rounded to an integer.
         drop_path_rate: Stochastic depth of the training.
         box_ap, mask_ap: COCO val2017 in percent; None for segmentors.
         miou, miou_ms: ADE20K val in percent, one scale and six scales with flips; None for detectors.
@@ -67,6 +68,29 @@ class Published:
     def variant(self) -> Variant:
         """The architecture."""
         return variant(self.family, self.arch)
+
+    @property
+    def crop_size(self) -> int:
+        """Side in pixels of a segmentor's training crops."""
+        return 640 if self.dilations == "segmentation-640" else 512
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels that `gmacs` holds for.
+
+        The cards don't say it; at these sizes all 34 figures come out as published.
+        """
+        return (800, 1280) if self.task == "detection" else (self.crop_size, 4 * self.crop_size)
+
+    @property
+    def config(self) -> str:
+        """The config that trains it, from the root of the repository."""
+        backbone = f"{self.family}-{self.arch}".lower().replace("_", "-")
+        amp = "amp-" if self.amp else ""
+        if self.task == "detection":
+            return f"configs/{self.method}/{self.method.replace('_', '-')}_{backbone}_fpn_8xb2-{amp}ms-crop-3x_coco.py"
+        crop = f"{self.crop_size}x{self.crop_size}"
+        return f"configs/{self.method}/{backbone}_{self.method}_8xb2-{amp}160k_ade20k-{crop}.py"
 
     @property
     def pretrained(self) -> str:
