@@ -2,18 +2,97 @@
 
 from __future__ import annotations
 
-from nat_dense.ops.problem import Problem
+import functools
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nat_dense.ops.problem import Pair, Problem
 
 VARIANTS = ("avx512", "avx2", "portable")
+"""Instruction sets, the fastest first; without a variant the best that the processor has is taken."""
+
+LARGEST_KERNEL = 13
+
+_FOLDER = Path(__file__).parent
+_BUILD = "pip install -e . --no-build-isolation"
+
+
+@functools.cache
+def _load() -> str | None:
+    """Loads the kernels once per process: why they can't be used, or None."""
+    library = next((path for path in (_FOLDER / "_cpu.so", _FOLDER / "_cpu.pyd") if path.exists()), None)
+    if library is None:
+        return f"the native kernels are not built ({_why_not_built()}): build them with `{_BUILD}`"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"the native kernels don't load, perhaps because torch was changed ({error}): build them with `{_BUILD}`"
+    return None
+
+
+def _why_not_built() -> str:
+    note = _FOLDER / "_cpu_build_failure.txt"  # written by setup.py
+    if note.exists():
+        return f"the build failed: {note.read_text(encoding='utf-8').strip()[:500]}"
+    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++", "cl"]
+    found = next((path for path in map(shutil.which, compilers) if path), None)
+    return f"the compiler {found} was found" if found else f"no C++ compiler was found among {', '.join(compilers)}"
 
 
 def why_not(problem: Problem, variant: str) -> str | None:
-    return "the native kernels are not built"
+    """Why the kernels can't run a problem, or None where they can. `variant` is one of `VARIANTS` or empty."""
+    if problem.device != "cpu":
+        return f"the tensors are on {problem.device}, not on the CPU"
+    if max(problem.kernel_size) > LARGEST_KERNEL:
+        return f"kernel_size {problem.kernel_size} is larger than {LARGEST_KERNEL}"
+    reason = _load()
+    if reason is not None:
+        return reason
+    available = torch.ops.nat_dense_cpu.instruction_sets()
+    if variant and variant not in available:
+        return f"this processor, or the value of ATEN_CPU_CAPABILITY, has no {variant}, only {', '.join(available)}"
+    return None
 
 
-def forward(*args, variant: str = ""):
-    raise RuntimeError("not built")
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    pad_key: Tensor | None,
+    pad_value: Tensor | None,
+    kernel_size: Pair,
+    dilation: Pair,
+    scale: float,
+    variant: str = "",
+) -> tuple[Tensor, Tensor]:
+    """As `reference.forward`, with the instruction set of `variant`."""
+    return torch.ops.nat_dense_cpu.forward(query, key, value, rpb, pad_key, pad_value, kernel_size, dilation, scale, variant)
 
 
-def backward(*args, variant: str = ""):
-    raise RuntimeError("not built")
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    pad_key: Tensor | None,
+    pad_value: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kernel_size: Pair,
+    dilation: Pair,
+    scale: float,
+    variant: str = "",
+) -> tuple[Tensor | None, ...]:
+    """As `reference.backward`, with the instruction set of `variant`. Needs no `out`: it recomputes the weights."""
+    gradients = iter(
+        torch.ops.nat_dense_cpu.backward(
+            grad_out, query, key, value, rpb, pad_key, pad_value, lse, kernel_size, dilation, scale, variant
+        )
+    )
+    return tuple(None if t is None else next(gradients) for t in (query, key, value, rpb, pad_key, pad_value))

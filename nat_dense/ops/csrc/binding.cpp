@@ -1,0 +1,228 @@
+// The torch operators of the native kernels: work items, threads and the small tensors.
+//
+// The arguments were checked by nat_dense.ops.functional; what is checked here guards memory.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "plan.h"
+#include "problem.h"
+
+namespace nat_dense {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kBiasStride = 32;         // holds 2 * 13 - 1 columns, and all that a Window reads
+constexpr int64_t kForwardCache = 512 << 10;   // bytes of packed rows that should stay in a core's second-level cache
+constexpr int64_t kBackwardCache = 768 << 10;
+
+// What this processor can run, the fastest first. torch knows; ATEN_CPU_CAPABILITY lowers it for both.
+std::vector<std::string> instruction_sets() {
+#if NAT_DENSE_X86
+  const std::string capability = at::get_cpu_capability();
+  if (capability.rfind("AVX512", 0) == 0) return {"avx512", "avx2", "portable"};
+  if (capability == "AVX2") return {"avx2", "portable"};
+#endif
+  return {"portable"};
+}
+
+const Kernels& kernels_for(const std::string& name, at::ScalarType type) {
+  const auto sets = instruction_sets();
+  const std::string chosen = name.empty() ? sets.front() : name;
+  TORCH_CHECK(std::find(sets.begin(), sets.end(), chosen) != sets.end(), "this processor can't run ", chosen);
+  const Storage storage = type == at::kDouble ? kFloat64 : type == at::kBFloat16 ? kBFloat16 : kFloat32;
+#if NAT_DENSE_X86
+  if (chosen == "avx512") return kAvx512Kernels[storage];
+  if (chosen == "avx2") return kAvx2Kernels[storage];
+#endif
+  return kPortableKernels[storage];
+}
+
+Map map_of(const Tensor& t) {
+  TORCH_CHECK(t.stride(4) == 1, "head_dim must have unit stride");
+  return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+}
+
+// A call with the tensors that it points to.
+class Problem {
+ public:
+  Problem(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& rpb,
+          const OptionalTensor& pad_key, const OptionalTensor& pad_value, at::IntArrayRef kernel_size,
+          at::IntArrayRef dilation, double scale, const std::string& isa, bool backward)
+      : type(query.scalar_type() == at::kHalf ? at::kFloat : query.scalar_type()),
+        accumulation(type == at::kDouble ? at::kDouble : at::kFloat),
+        kernels(kernels_for(isa, type)) {
+    TORCH_CHECK(query.dim() == 5 && query.numel() > 0 && query.sizes() == key.sizes() && query.sizes() == value.sizes(),
+                "expected three tensors of one shape [B, H, W, heads, head_dim]");
+    call.rows = {query.size(1), kernel_size[0], dilation[0]};
+    call.columns = {query.size(2), kernel_size[1], dilation[1]};
+    call.batch = query.size(0);
+    call.heads = query.size(3);
+    call.dim = query.size(4);
+    call.scale = scale;
+    call.query = input(query);
+    call.key = input(key);
+    call.value = input(value);
+    const bool padded = is_padded(call.rows) || is_padded(call.columns);
+    TORCH_CHECK(!padded || (pad_key && pad_value), "a map smaller than its window needs pad_key and pad_value");
+    if (padded) {
+      call.pad_key = small(pad_key->to(accumulation).contiguous());
+      call.pad_value = small(pad_value->to(accumulation).contiguous());
+    }
+    const int64_t rows = 2 * call.rows.kernel - 1, columns = 2 * call.columns.kernel - 1;
+    Tensor bias = at::zeros({call.heads * rows + 1, kBiasStride}, accumulation);
+    if (rpb) {
+      const Tensor table = rpb->to(accumulation).mul(1.4426950408889634);  // log2(e)
+      bias.narrow(0, 0, call.heads * rows).narrow(1, 0, columns).copy_(table.reshape({call.heads * rows, columns}));
+    }
+    call.bias = small(bias);
+    call.bias_stride = kBiasStride;
+    plan_columns(backward);
+  }
+
+  // A tensor of the stored type; half precision is computed from and into float32.
+  Map input(const Tensor& t) {
+    kept_.push_back(t.to(type));
+    return map_of(kept_.back());
+  }
+
+  Call call{};
+  const at::ScalarType type, accumulation;
+  const Kernels& kernels;
+
+ private:
+  const void* small(const Tensor& t) {
+    kept_.push_back(t);
+    return t.const_data_ptr();
+  }
+
+  void plan_columns(bool backward) {
+    const int64_t element = accumulation == at::kDouble ? 8 : 4, ring = call.rows.kernel + kernels.rows - 1;
+    int64_t column = 2 * ring * call.dim * element;  // bytes of packed rows per column
+    if (backward) column = 2 * column + 2 * kernels.rows * (call.dim + call.rows.kernel * call.columns.kernel) * element;
+    const int64_t width = (backward ? kBackwardCache : kForwardCache) / column;
+    plan_ = std::make_unique<Plan>(call.columns, kernels.lanes, kernels.slots,
+                                   max_of(round_up(width, kernels.lanes), 2 * kernels.lanes));
+    plan_->describe(&call);
+  }
+
+  std::vector<Tensor> kept_;
+  std::unique_ptr<Plan> plan_;
+};
+
+// Runs of query rows: whole row groups where there are enough of them for all threads.
+std::vector<Item> items_of(const Call& call, int64_t segments) {
+  const int64_t threads = at::get_num_threads(), groups = group_count(call.rows);
+  const int64_t whole = call.batch * call.heads * groups * segments;
+  const bool balanced = threads == 1 || whole % threads == 0 || whole >= 8 * threads;
+  const int64_t wanted = balanced ? 1 : ceil_div(4 * threads, whole);
+  std::vector<Item> items;
+  for (int64_t batch = 0; batch < call.batch; ++batch) {
+    for (int64_t head = 0; head < call.heads; ++head) {
+      for (int64_t group = 0; group < groups; ++group) {
+        const int64_t rows = real_members(call.rows, group);
+        const int64_t runs = max_of(1, min_of(wanted, rows / call.rows.kernel)), step = ceil_div(rows, runs);
+        for (int64_t segment = 0; segment < segments; ++segment) {
+          for (int64_t begin = 0; begin < rows; begin += step) {
+            items.push_back({batch, head, group, segment, begin, min_of(begin + step, rows)});
+          }
+        }
+      }
+    }
+  }
+  return items;
+}
+
+template <class F>
+void each_item(const std::vector<Item>& items, int64_t scratch, F&& f) {
+  at::parallel_for(0, static_cast<int64_t>(items.size()), 1, [&](int64_t begin, int64_t end) {
+    const Tensor memory = at::empty({scratch}, at::kByte);
+    for (int64_t i = begin; i < end; ++i) f(items[i], memory.mutable_data_ptr());
+  });
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& rpb,
+                                   const OptionalTensor& pad_key, const OptionalTensor& pad_value,
+                                   at::IntArrayRef kernel_size, at::IntArrayRef dilation, double scale,
+                                   std::string isa) {
+  Problem problem(query, key, value, rpb, pad_key, pad_value, kernel_size, dilation, scale, isa, false);
+  Tensor out = at::empty(query.sizes(), problem.type);
+  Tensor lse = at::empty(query.sizes().slice(0, 4), problem.accumulation);
+  problem.call.out = map_of(out);
+  problem.call.lse = lse.mutable_data_ptr();
+  const Call& call = problem.call;
+  each_item(items_of(call, call.segment_count), problem.kernels.forward_scratch(call),
+            [&](const Item& item, void* memory) { problem.kernels.forward(call, item, memory); });
+  return {out.to(query.scalar_type()), lse};
+}
+
+// One thread's sums, and their total over threads in the order of the threads.
+struct Partials {
+  Tensor bias, pad_key, pad_value;
+
+  Partials(const Call& call)
+      : bias(at::zeros({at::get_num_threads(), call.heads, 2 * call.rows.kernel - 1, 2 * call.columns.kernel - 1}, at::kDouble)),
+        pad_key(at::zeros({at::get_num_threads(), call.heads, call.dim}, at::kDouble)),
+        pad_value(at::zeros_like(pad_key)) {}
+
+  Partial of_thread() {
+    const int64_t thread = at::get_thread_num();
+    return {part(bias, thread), part(pad_key, thread), part(pad_value, thread)};
+  }
+  static double* part(Tensor& t, int64_t thread) { return t.mutable_data_ptr<double>() + thread * t.stride(0); }
+};
+
+std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value,
+                             const OptionalTensor& rpb, const OptionalTensor& pad_key, const OptionalTensor& pad_value,
+                             const Tensor& lse, at::IntArrayRef kernel_size, at::IntArrayRef dilation, double scale,
+                             std::string isa) {
+  Problem problem(query, key, value, rpb, pad_key, pad_value, kernel_size, dilation, scale, isa, true);
+  const auto dtype = query.scalar_type();
+  const Tensor logsumexp = lse.contiguous();
+  Tensor grad_query = at::empty(query.sizes(), problem.type);
+  Tensor grad_key = at::zeros(query.sizes(), problem.accumulation);
+  Tensor grad_value = at::zeros(query.sizes(), problem.accumulation);
+  Call& call = problem.call;
+  call.grad_out = problem.input(grad_out);
+  call.lse = const_cast<void*>(logsumexp.const_data_ptr());
+  call.grad_query = map_of(grad_query);
+  call.grad_key = map_of(grad_key);
+  call.grad_value = map_of(grad_value);
+  call.needs_grad_bias = rpb.has_value();
+  Partials partials(call);
+  each_item(items_of(call, 1), problem.kernels.backward_scratch(call), [&](const Item& item, void* memory) {
+    problem.kernels.backward(call, item, partials.of_thread(), memory);
+  });
+  std::vector<Tensor> gradients = {grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype)};
+  if (rpb) gradients.push_back(partials.bias.sum(0).to(rpb->scalar_type()));
+  if (pad_key) gradients.push_back(partials.pad_key.sum(0).to(pad_key->scalar_type()));
+  if (pad_value) gradients.push_back(partials.pad_value.sum(0).to(pad_value->scalar_type()));
+  return gradients;
+}
+
+TORCH_LIBRARY(nat_dense_cpu, m) {
+  m.def("instruction_sets() -> str[]", &instruction_sets);
+  m.def(
+      "forward(Tensor query, Tensor key, Tensor value, Tensor? rpb, Tensor? pad_key, Tensor? pad_value, "
+      "int[2] kernel_size, int[2] dilation, float scale, str isa) -> (Tensor, Tensor)");
+  m.def(
+      "backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? rpb, Tensor? pad_key, "
+      "Tensor? pad_value, Tensor lse, int[2] kernel_size, int[2] dilation, float scale, str isa) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(nat_dense_cpu, CPU, m) {
+  m.impl("forward", &forward);
+  m.impl("backward", &backward);
+}
+
+}  // namespace
+}  // namespace nat_dense

@@ -1,0 +1,171 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+namespace nat_dense {
+namespace {
+
+// Rows of packed buffers are an odd number of vectors: an even one would put all channels into few cache sets.
+int64_t row_length(int64_t used, int64_t lanes) {
+  const int64_t vectors = ceil_div(used, lanes);
+  return (vectors + (vectors % 2 == 0)) * lanes;
+}
+
+}  // namespace
+
+Plan::Plan(const Axis& columns, int64_t lanes, int64_t slots, int64_t width)
+    : kernel_(columns.kernel), lanes_(lanes), slots_(slots ? slots : std::numeric_limits<int64_t>::max()) {
+  sort_columns(columns);
+  const int64_t count = static_cast<int64_t>(positions_.size());
+  const int64_t step = round_up(ceil_div(count, ceil_div(count, width)), lanes);
+  query_stride_ = row_length(step + lanes - 1, lanes);
+  for (int64_t begin = 0; begin < count; begin += step) add_segment(begin, min_of(begin + step, count));
+}
+
+void Plan::describe(Call* call) const {
+  call->segments = segments_.data();
+  call->segment_count = static_cast<int64_t>(segments_.size());
+  call->query_stride = query_stride_;
+  call->key_stride = key_stride_;
+}
+
+void Plan::sort_columns(const Axis& columns) {
+  positions_.reserve(columns.length);
+  for (int64_t group = 0; group < group_count(columns); ++group) {
+    const int64_t first = static_cast<int64_t>(positions_.size());
+    for (int64_t place = 0; place < real_members(columns, group); ++place) {
+      const int64_t start = window_start(columns, group, place);
+      positions_.push_back({token_of(columns, group, place), first + start, window_limit(columns, group, place), start - place + kernel_ - 1});
+    }
+  }
+  for (const Position& position : positions_) column_.push_back(position.column);
+}
+
+template <class T>
+T* Plan::keep(std::vector<T> table) {
+  auto owner = std::make_shared<std::vector<T>>(std::move(table));
+  tables_.push_back(owner);
+  return owner->data();
+}
+
+void Plan::add_segment(int64_t begin, int64_t end) {
+  int64_t key_begin = positions_[begin].first, key_end = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    key_begin = min_of(key_begin, positions_[i].first);
+    key_end = max_of(key_end, positions_[i].first + positions_[i].limit);
+  }
+  Segment segment{};
+  segment.query_count = end - begin;
+  segment.key_count = key_end - key_begin;
+  segment.query_column = column_.data() + begin;
+  segment.key_column = column_.data() + key_begin;
+  key_stride_ = max_of(key_stride_, row_length(segment.key_count + lanes_ - 1, lanes_));
+  add_tiles(begin, end, key_begin, &segment);
+  add_key_tiles(begin, end, key_begin, key_end, &segment);
+  segments_.push_back(segment);
+}
+
+void Plan::add_tiles(int64_t begin, int64_t end, int64_t key_begin, Segment* segment) {
+  std::vector<Tile> tiles;
+  for (int64_t first = begin; first < end; first += tiles.back().lanes) {
+    int64_t low = positions_[first].first, high = low, most = 0, least = kernel_, lanes = 0;
+    for (; lanes < lanes_ && first + lanes < end; ++lanes) {
+      const Position& position = positions_[first + lanes];
+      const int64_t new_low = min_of(low, position.first), new_high = max_of(high, position.first + position.limit);
+      if (new_high - new_low > slots_) break;
+      low = new_low, high = new_high, most = max_of(most, position.limit), least = min_of(least, position.limit);
+    }
+    bool straight = least == most;
+    for (int64_t i = 0; i < lanes; ++i) {
+      const Position& position = positions_[first + i];
+      straight = straight && position.first == low + i && position.bias == positions_[first].bias;
+    }
+    Tile tile{};
+    tile.first = static_cast<int32_t>(first - begin);
+    tile.lanes = static_cast<int32_t>(lanes);
+    tile.columns = static_cast<int32_t>(most);
+    tile.key = static_cast<int32_t>(low - key_begin);
+    tile.bias = static_cast<int32_t>(positions_[first].bias);
+    tile.straight = straight;
+    tile.ragged = least != most;
+    if (!straight) {  // lanes that are not in use repeat the last one
+      std::vector<int32_t> index(most * lanes_), bias_index(kernel_ * lanes_), limit(lanes_);
+      for (int64_t i = 0; i < lanes_; ++i) {
+        const Position& position = positions_[first + min_of(i, lanes - 1)];
+        limit[i] = static_cast<int32_t>(position.limit);
+        // Past its limit a lane repeats its last key: another's could bring in a NaN that isn't its own.
+        for (int64_t b = 0; b < most; ++b) {
+          index[b * lanes_ + i] = static_cast<int32_t>(position.first + min_of(b, position.limit - 1) - low);
+        }
+        for (int64_t b = 0; b < kernel_; ++b) bias_index[b * lanes_ + i] = static_cast<int32_t>(position.bias + b);
+      }
+      tile.index = keep(std::move(index));
+      tile.bias_index = keep(std::move(bias_index));
+      tile.limit = tile.ragged ? keep(std::move(limit)) : nullptr;
+    }
+    tiles.push_back(tile);
+  }
+  segment->tile_count = static_cast<int64_t>(tiles.size());
+  segment->tiles = keep(std::move(tiles));
+}
+
+void Plan::add_key_tiles(int64_t begin, int64_t end, int64_t key_begin, int64_t key_end, Segment* segment) {
+  // Queries of the segment that see each key: consecutive positions [low, high).
+  struct Viewers {
+    int64_t low = std::numeric_limits<int64_t>::max(), high = 0;
+  };
+  std::vector<Viewers> viewers(key_end - key_begin);
+  for (int64_t query = begin; query < end; ++query) {
+    for (int64_t b = 0; b < positions_[query].limit; ++b) {
+      Viewers& seen = viewers[positions_[query].first + b - key_begin];
+      seen.low = min_of(seen.low, query), seen.high = max_of(seen.high, query + 1);
+    }
+  }
+  std::vector<KeyTile> tiles;
+  for (int64_t first = key_begin; first < key_end; first += tiles.back().lanes) {
+    int64_t low = viewers[first - key_begin].low, high = low, most = 0, lanes = 0;
+    for (; lanes < lanes_ && first + lanes < key_end; ++lanes) {
+      const Viewers& seen = viewers[first + lanes - key_begin];
+      const int64_t new_low = min_of(low, seen.low), new_high = max_of(high, seen.high);
+      if (new_high - new_low > slots_) break;
+      low = new_low, high = new_high, most = max_of(most, seen.high - seen.low);
+    }
+    bool straight = lanes == lanes_ && most == kernel_;
+    for (int64_t i = 0; i < lanes && straight; ++i) {
+      const Viewers& seen = viewers[first + i - key_begin];
+      straight = seen.low == low + i && seen.high == seen.low + kernel_;
+      for (int64_t c = 0; c < kernel_ && straight; ++c) {
+        straight = first + i - positions_[seen.low + c].first == kernel_ - 1 - c;
+      }
+    }
+    KeyTile tile{};
+    tile.first = static_cast<int32_t>(first - key_begin);
+    tile.lanes = static_cast<int32_t>(lanes);
+    tile.columns = static_cast<int32_t>(most);
+    tile.query = static_cast<int32_t>(low - begin);
+    tile.straight = straight;
+    if (!straight) {
+      std::vector<int32_t> index(most * lanes_), weight(most * lanes_, -1);
+      for (int64_t i = 0; i < lanes_; ++i) {
+        const int64_t key = first + min_of(i, lanes - 1);
+        const Viewers& seen = viewers[key - key_begin];
+        for (int64_t c = 0; c < most; ++c) {  // past the last viewer: weight 0 on that viewer
+          const int64_t query = min_of(seen.low + c, seen.high - 1);
+          index[c * lanes_ + i] = static_cast<int32_t>(query - low);
+          if (i < lanes && seen.low + c < seen.high) {
+            weight[c * lanes_ + i] = static_cast<int32_t>((key - positions_[query].first) * query_stride_ + query - begin);
+          }
+        }
+      }
+      tile.index = keep(std::move(index));
+      tile.weight = keep(std::move(weight));
+    }
+    tiles.push_back(tile);
+  }
+  segment->key_tile_count = static_cast<int64_t>(tiles.size());
+  segment->key_tiles = keep(std::move(tiles));
+}
+
+}  // namespace nat_dense

@@ -1,0 +1,143 @@
+// What the kernels are asked to do, as plain data: shared by the binding and every instruction set.
+//
+// Nothing here has external linkage, so that code compiled for one instruction set can't be linked into another.
+#pragma once
+
+#include <stdint.h>
+
+namespace nat_dense {
+namespace {
+
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+}  // namespace
+
+// One axis of the map and the window on it. A group is the tokens with one index modulo the dilation; a place is a
+// token's rank in its group. Axes shorter than kernel * dilation count as completed to that with padded tokens.
+struct Axis {
+  int64_t length, kernel, dilation;
+};
+
+namespace {
+
+inline bool is_padded(const Axis& axis) { return axis.length < axis.kernel * axis.dilation; }
+inline int64_t group_count(const Axis& axis) { return min_of(axis.length, axis.dilation); }
+// Members of a group: real ones, and with the padded ones that follow them.
+inline int64_t real_members(const Axis& axis, int64_t group) { return ceil_div(axis.length - group, axis.dilation); }
+inline int64_t all_members(const Axis& axis, int64_t group) {
+  return ceil_div(max_of(axis.length, axis.kernel * axis.dilation) - group, axis.dilation);
+}
+inline int64_t token_of(const Axis& axis, int64_t group, int64_t place) { return group + place * axis.dilation; }
+// First place of the window of the query at `place`.
+inline int64_t window_start(const Axis& axis, int64_t group, int64_t place) {
+  return min_of(max_of(place - axis.kernel / 2, 0), all_members(axis, group) - axis.kernel);
+}
+// How many window tokens, from the first, are real ones.
+inline int64_t window_limit(const Axis& axis, int64_t group, int64_t place) {
+  return min_of(axis.kernel, real_members(axis, group) - window_start(axis, group, place));
+}
+
+}  // namespace
+
+// [B, H, W, heads, dim] with unit stride on dim; strides in elements.
+struct Map {
+  void* data;
+  int64_t batch, row, column, head;
+};
+
+// A run of query positions that share vector registers, one position per lane.
+struct Tile {
+  int32_t first;     // query position of lane 0, in its segment
+  int32_t lanes;     // lanes in use
+  int32_t columns;   // window columns with a real key in some lane
+  int32_t key;       // key position, in its segment, that `index` counts from
+  int32_t bias;      // bias column of lane 0's first key
+  bool straight;     // lane l's window starts at key + l, and all lanes have one bias column and one limit
+  bool ragged;       // some lanes have a real key in the last column, some a padded one
+  const int32_t* index;       // [columns][lanes] key slots from `key`; null where straight
+  const int32_t* bias_index;  // [kernel][lanes] bias columns; null where straight
+  const int32_t* limit;       // [lanes] real window columns; null unless ragged
+};
+
+// A run of key positions, and the queries of the segment whose windows hold them (the transpose of Tile).
+struct KeyTile {
+  int32_t first;     // key position of lane 0, in its segment
+  int32_t lanes;
+  int32_t columns;   // most queries of the segment on one axis that see one key
+  int32_t query;     // query position that `index` counts from
+  bool straight;     // lane l is seen by the queries query + l ... query + l + kernel - 1, in falling window columns
+  const int32_t* index;   // [columns][lanes] query slots from `query`; null where straight
+  const int32_t* weight;  // [columns][lanes] window column * weight stride + query position, or -1; null where straight
+};
+
+// Columns that are worked on together, so that their keys stay in cache. Positions are columns sorted by dilation
+// group: windows are then consecutive positions whatever the dilation.
+struct Segment {
+  int64_t query_count, key_count;
+  const int64_t* query_column;  // [query_count] position -> column of the map
+  const int64_t* key_column;    // [key_count]
+  const Tile* tiles;
+  int64_t tile_count;
+  const KeyTile* key_tiles;
+  int64_t key_tile_count;
+};
+
+// One call of the operator. Accumulation type: float for float and bfloat16 inputs, double for double.
+struct Call {
+  Axis rows, columns;
+  int64_t batch, heads, dim;
+  double scale;
+  Map query, key, value;
+  const void* bias;  // accumulation type, [heads][2 * rows.kernel - 1][bias_stride], times log2(e); zeros without rpb
+  int64_t bias_stride;
+  const void* pad_key;    // accumulation type, [heads][dim]; null unless an axis is padded
+  const void* pad_value;
+  const Segment* segments;
+  int64_t segment_count;
+  int64_t query_stride, key_stride;  // row lengths of packed buffers, the same for all segments
+
+  Map out;    // forward
+  void* lse;  // accumulation type, [B, H, W, heads]
+
+  Map grad_out, grad_query;  // backward
+  Map grad_key, grad_value;  // accumulation type, zeroed by the caller, contiguous
+  bool needs_grad_bias;
+};
+
+// A run of query places of one row group of one head.
+struct Item {
+  int64_t batch, head, group, segment;  // the backward pass takes every segment and ignores the last
+  int64_t begin, end;
+};
+
+// Sums of one thread over its items, in double.
+struct Partial {
+  double* bias;       // [heads][2 * rows.kernel - 1][2 * columns.kernel - 1]
+  double* pad_key;    // [heads][dim]
+  double* pad_value;
+};
+
+// The kernels of one instruction set for one storage type.
+struct Kernels {
+  int64_t lanes;
+  int64_t slots;  // keys that one tile may reach; 0: any number
+  int64_t rows;   // query rows that share a loaded key
+  int64_t (*forward_scratch)(const Call&);  // bytes
+  void (*forward)(const Call&, const Item&, void* scratch);
+  int64_t (*backward_scratch)(const Call&);
+  void (*backward)(const Call&, const Item&, const Partial&, void* scratch);
+};
+
+enum Storage { kFloat32, kBFloat16, kFloat64, kStorages };
+
+extern const Kernels kPortableKernels[kStorages];
+#if defined(__x86_64__) || defined(_M_X64)
+#define NAT_DENSE_X86 1
+extern const Kernels kAvx2Kernels[kStorages];
+extern const Kernels kAvx512Kernels[kStorages];
+#endif
+
+}  // namespace nat_dense

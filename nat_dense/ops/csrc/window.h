@@ -1,0 +1,198 @@
+// What the forward and the backward pass share: scratch memory, rows of keys, and the padded part of a window.
+#pragma once
+
+#include "micro.h"
+
+namespace nat_dense {
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634;  // logits are kept times log2(e): their exponential is 2^x
+constexpr double kLn2 = 0.6931471805599453;
+constexpr int64_t kSlack = 32;  // elements that a Window may read past the end of a packed row
+
+// Hands out scratch memory. Over address 0 it only counts what is needed.
+class Arena {
+ public:
+  explicit Arena(void* memory) : base_(reinterpret_cast<uintptr_t>(memory)) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* p = reinterpret_cast<T*>(base_ + used_);
+    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return p;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  uintptr_t base_;
+  int64_t used_ = 0;
+};
+
+// The last few rows of a row group, packed: a row stays in the slot of its place.
+template <class T>
+struct Ring {
+  T* data;
+  int64_t slots, row;
+
+  Ring(Arena& arena, int64_t slots, int64_t row)
+      : data(arena.take<T>(slots * row + kSlack)), slots(slots), row(row) {}
+  T* at(int64_t place) const { return data + place % slots * row; }
+};
+
+template <class S>
+S* row_of(const Map& map, int64_t batch, int64_t token_row, int64_t head) {
+  return static_cast<S*>(map.data) + batch * map.batch + token_row * map.row + head * map.head;
+}
+
+// Consecutive query rows of one row group, and the key rows that their windows cover.
+struct RowBlock {
+  const Axis& axis;
+  int64_t group, begin;
+  int count;
+  int64_t low, high;  // key places
+
+  RowBlock(const Axis& axis, int64_t group, int64_t begin, int64_t end, int most)
+      : axis(axis), group(group), begin(begin), count(static_cast<int>(min_of(most, end - begin))) {
+    const int64_t last = begin + count - 1;
+    low = window_start(axis, group, begin);
+    high = window_start(axis, group, last) + window_limit(axis, group, last);
+  }
+  int64_t start(int r) const { return window_start(axis, group, begin + r); }
+  int64_t limit(int r) const { return window_limit(axis, group, begin + r); }
+  // Bias row of the first window row of query row r.
+  int64_t bias(int r) const { return start(r) - (begin + r) + axis.kernel - 1; }
+  // Query rows [first, last) have key row `place` in their windows.
+  void viewers(int64_t place, int* first, int* last) const {
+    *first = 0;
+    while (start(*first) + axis.kernel <= place) ++*first;
+    *last = count;
+    while (start(*last - 1) > place) --*last;
+  }
+};
+
+// The values of one query row of a tile: [window row][window column][lanes], `step` apart. Real keys come first on
+// both axes; what follows them is padded.
+template <class V>
+struct PadWindow {
+  using T = typename V::scalar;
+  const Tile& tile;
+  int64_t kernel_rows, kernel_columns, real_rows;
+
+  template <class Whole, class Lane>
+  void each(T* values, int64_t step, Whole&& whole, Lane&& lane) const {
+    for (int64_t a = 0; a < kernel_rows; ++a) {
+      T* row = values + a * kernel_columns * step;
+      const int padded_from = a < real_rows ? tile.columns : 0;
+      if (tile.ragged && padded_from > 0) {
+        for (int i = 0; i < V::kLanes; ++i) {
+          if (tile.limit[i] < padded_from) lane(row + (padded_from - 1) * step, a, padded_from - 1, i);
+        }
+      }
+      for (int b = padded_from; b < kernel_columns; ++b) whole(row + b * step, a, b);
+    }
+  }
+
+  // Sets the padded values to `value` plus their bias.
+  void fill(T* values, int64_t step, V value, const T* bias, int64_t bias_stride) const {
+    T lanes[V::kLanes];
+    value.store(lanes);
+    each(
+        values, step,
+        [&](T* p, int64_t a, int b) { (value + bias_of<V>(tile, bias + a * bias_stride, b)).store(p); },
+        [&](T* p, int64_t a, int b, int i) {
+          p[i] = lanes[i] + bias[a * bias_stride + tile.bias_index[b * V::kLanes + i]];
+        });
+  }
+
+  // Sets the padded values to `value`.
+  void fill(T* values, int64_t step, V value) const {
+    T lanes[V::kLanes];
+    value.store(lanes);
+    each(
+        values, step, [&](T* p, int64_t, int) { value.store(p); },
+        [&](T* p, int64_t, int, int i) { p[i] = lanes[i]; });
+  }
+
+  // The sum of the padded values; those between real ones become zero.
+  V take(T* values, int64_t step) const {
+    V sum = V::zero();
+    T lanes[V::kLanes] = {};
+    each(
+        values, step, [&](T* p, int64_t, int) { sum = sum + V::load(p); },
+        [&](T* p, int64_t, int, int i) {
+          lanes[i] += p[i];
+          p[i] = 0;
+        });
+    return sum + V::load(lanes);
+  }
+};
+
+// Sum over channels of x[d][lanes] * y[d].
+template <class V>
+V dot_with_one(const typename V::scalar* x, int64_t x_step, const typename V::scalar* y, int64_t dim) {
+  V sum = V::zero();
+  for (int64_t d = 0; d < dim; ++d) sum = fma(V::load(x + d * x_step), V::broadcast(y[d]), sum);
+  return sum;
+}
+
+template <class V>
+struct Bias {
+  const typename V::scalar* head;
+  int64_t stride;
+
+  Bias(const Call& call, int64_t index)
+      : head(static_cast<const typename V::scalar*>(call.bias) +
+             index * (2 * call.rows.kernel - 1) * call.bias_stride),
+        stride(call.bias_stride) {}
+  const typename V::scalar* row(int64_t place) const { return head + place * stride; }
+};
+
+// Scores of a block of query rows against the key rows that they see: out + r * out_row is [window][step].
+template <class V>
+void score(const RowBlock& block, const Tile& tile, const typename V::scalar* x, int64_t x_row, int64_t x_step,
+           const Ring<typename V::scalar>& keys, int64_t key_step, int64_t dim, const Bias<V>* bias,
+           typename V::scalar* out, int64_t out_row, int64_t out_step, int64_t kernel_columns) {
+  Dot<V> a;
+  a.x_step = x_step;
+  a.y_step = key_step;
+  a.out_step = out_step;
+  a.dim = dim;
+  a.tile = &tile;
+  for (int64_t place = block.low; place < block.high; ++place) {
+    int first, last;
+    block.viewers(place, &first, &last);
+    for (int r = first; r < last; ++r) {
+      const int64_t window_row = place - block.start(r);
+      a.x[r - first] = x + r * x_row;
+      a.bias[r - first] = bias ? bias->row(block.bias(r) + window_row) : nullptr;
+      a.out[r - first] = out + r * out_row + window_row * kernel_columns * out_step;
+    }
+    a.y = keys.at(place) + tile.key;
+    dot(a, last - first);
+  }
+}
+
+// The sums of values weighted by the windows of a block of query rows, added to out + r * out_row, [dim][lanes].
+template <class V>
+void gather(const RowBlock& block, const Tile& tile, const typename V::scalar* weight, int64_t weight_row,
+            int64_t weight_step, const Ring<typename V::scalar>& values, int64_t value_step, int64_t dim,
+            typename V::scalar* out, int64_t out_row, int64_t kernel_columns) {
+  Mix<V> a;
+  a.weight_step = weight_step;
+  a.y_step = value_step;
+  a.out_step = V::kLanes;
+  a.dim = dim;
+  a.index = tile.straight ? nullptr : tile.index;
+  for (int64_t place = block.low; place < block.high; ++place) {
+    int first, last;
+    block.viewers(place, &first, &last);
+    for (int r = first; r < last; ++r) {
+      a.weight[r - first] = weight + r * weight_row + (place - block.start(r)) * kernel_columns * weight_step;
+      a.out[r - first] = out + r * out_row;
+    }
+    a.y = values.at(place) + tile.key;
+    mix(a, last - first, tile.columns);
+  }
+}
+
+}  // namespace
+}  // namespace nat_dense
