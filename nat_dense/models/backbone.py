@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from mmengine.model import BaseModule
@@ -92,6 +92,7 @@ class NeighborhoodBackbone(BaseModule):
         ValueError: A field is missing, out of range or disagrees with another one.
     """
 
+    init_cfg: Any
     family: ClassVar[str]
     stages_name: ClassVar[str]
     tokenizer: ClassVar[type[nn.Module]]
@@ -210,7 +211,14 @@ class NeighborhoodBackbone(BaseModule):
         return self
 
     def init_weights(self) -> None:
-        """Loads the weights that `init_cfg` names. The constructor has already drawn the others."""
+        """Loads the weights that `init_cfg` names. The constructor has already drawn the others.
+
+        Raises:
+            ValueError, FileNotFoundError: As `nat_dense.checkpoints.load`.
+        """
+        from nat_dense.checkpoints.pretrained import through_this_door  # here, since it imports this module
+
+        self.init_cfg = through_this_door(self.init_cfg)
         super().init_weights()
 
     def _frozen_modules(self) -> Iterator[nn.Module]:

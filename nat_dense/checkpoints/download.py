@@ -1,0 +1,160 @@
+"""Fetching checkpoints that a user names by URL or published name; nothing else ever goes to the network.
+
+Files land in a cache, a partial download is resumed, and a file gets its final name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+from urllib.parse import unquote, urlsplit
+
+import torch
+
+from nat_dense.checkpoints.names import SHA256, URLS
+from nat_dense.checkpoints.reading import check_sha256
+
+CHUNK = 1 << 20
+TIMEOUT = 30.0
+"""Seconds without a byte after which a connection counts as lost."""
+ATTEMPTS = 4
+"""Connections that one call makes before it gives up; the next call goes on where the last one ended."""
+
+
+def cache_dir() -> Path:
+    """`nat_dense` in PyTorch's hub folder (`TORCH_HOME`, else ~/.cache/torch/hub)."""
+    return Path(torch.hub.get_dir(), "nat_dense")
+
+
+def fetch(source: str | Path, *, sha256: str | None = None) -> Path:
+    """The local file behind a path, a URL or a published name; downloads it where it isn't in the cache yet.
+
+    Args:
+        source: An existing file or folder, an http(s) URL, or a key of `names.URLS`.
+        sha256: The expected SHA-256 or its first 8 digits or more. A name that ends in "-" and such digits, as
+            `model-1a2b3c4d.pth`, has its own.
+
+    Raises:
+        FileNotFoundError: There is no such file, name or address.
+        ValueError: What arrived is not what was expected; it is deleted.
+        ConnectionError: The server can't be reached or keeps breaking off; a later call resumes.
+    """
+    text = str(source)
+    if Path(text).exists():
+        return Path(text)
+    if text in URLS:
+        sha256 = sha256 or SHA256.get(text)
+        text = URLS[text]
+    if not re.match(r"https?://", text):
+        close = get_close_matches(text, URLS, n=3)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise FileNotFoundError(
+            f"no checkpoint {text!r}: neither a file nor a published name nor an http(s) URL.{hint}"
+        )
+    return _download(text, sha256)
+
+
+def _download(url: str, sha256: str | None) -> Path:
+    name = unquote(PurePosixPath(urlsplit(url).path).name) or "checkpoint"
+    # Many addresses end in "pytorch_model.bin": the address is part of the name.
+    target = cache_dir() / f"{hashlib.sha256(url.encode()).hexdigest()[:10]}-{name}"
+    if sha256 is None and (carried := re.search(r"-([0-9a-f]{8,64})\.\w+$", name)):
+        sha256 = carried[1]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target.with_suffix(target.suffix + ".lock")):
+        if not target.exists():
+            partial = target.with_suffix(target.suffix + ".partial")
+            _complete(url, partial)
+            if sha256 is not None:
+                try:
+                    check_sha256(partial, sha256)
+                except ValueError:
+                    partial.unlink()
+                    raise
+            partial.replace(target)
+    return target
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Lets one process of a machine download at a time: the others wait, and find the file."""
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _complete(url: str, partial: Path) -> None:
+    """Downloads the rest of a file, however often the connection breaks off."""
+    reason = ""
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(min(2 ** (attempt - 1), 8) * 0.25)
+        try:
+            _receive(url, partial)
+            return
+        except urllib.error.HTTPError as error:
+            if error.code == 416:  # what is there is longer than the server's file
+                partial.unlink(missing_ok=True)
+            elif error.code < 500:
+                raise FileNotFoundError(f"{url}: the server answers {error.code} {error.reason}") from error
+            reason = f"{error.code} {error.reason}"
+        except (OSError, HTTPException) as error:
+            reason = str(getattr(error, "reason", error)) or type(error).__name__
+    size = partial.stat().st_size if partial.exists() else 0
+    raise ConnectionError(f"{url}: {reason}. {size:,} bytes are kept; the same command resumes there")
+
+
+def _receive(url: str, partial: Path) -> None:
+    start = partial.stat().st_size if partial.exists() else 0
+    tag = partial.with_suffix(".etag")
+    headers = {"User-Agent": "nat_dense"}
+    # Without the server's mark of the version that was begun, the rest could be another version's.
+    if start and tag.exists():
+        headers |= {"Range": f"bytes={start}-", "If-Range": tag.read_text()}
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as response:
+        resumed = response.status == 206
+        if not resumed:
+            start = 0
+        mark = response.headers.get("ETag") or response.headers.get("Last-Modified")
+        # If-Range demands a strong mark.
+        if mark and not mark.startswith("W/"):
+            tag.write_text(mark)
+        else:
+            tag.unlink(missing_ok=True)
+        rest = response.headers.get("Content-Length")
+        total = start + int(rest) if rest else None
+        with partial.open("ab" if resumed else "wb") as file:
+            _copy(response, file, start, total, url)
+    size = partial.stat().st_size
+    if total is not None and size != total:
+        raise ConnectionError(f"the connection broke off after {size:,} of {total:,} bytes")
+    tag.unlink(missing_ok=True)
+
+
+def _copy(response: HTTPResponse, file: BinaryIO, start: int, total: int | None, url: str) -> None:
+    """Copies with a progress line on stderr, where that is a terminal."""
+    done, shown = start, 0.0
+    show = sys.stderr.isatty()
+    while chunk := response.read(CHUNK):
+        file.write(chunk)
+        done += len(chunk)
+        if show and (time.monotonic() - shown > 0.2 or done == total):
+            shown = time.monotonic()
+            share = f"{100 * done / total:3.0f} % of {total / 1e6:.0f} MB" if total else f"{done / 1e6:.0f} MB"
+            print(f"\r{PurePosixPath(url).name}: {share}", end="", file=sys.stderr, flush=True)
+    if show:
+        print(file=sys.stderr)
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,32 @@
+"""The published checkpoints by name: "nat-tiny", "dinat-large-22k", "nat_tiny_upernet", "maskrcnn_dinat_s_tiny", ...
+
+Classification weights are named family-arch, those of ImageNet-22k with "-22k"; whole detectors and segmentors like
+their files. The addresses are those that the authors' files name. Whether they still answer was not tried, and no
+SHA-256 of any published file is known: what arrives is checked against the length that the server announces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import PurePosixPath
+from types import MappingProxyType
+
+from nat_dense.models import published, variants
+
+SHA256: Mapping[str, str] = MappingProxyType({})
+"""Name to SHA-256, of those that are known."""
+
+
+def _files() -> Iterator[tuple[str, str]]:
+    for family, rows in variants.VARIANTS.items():
+        for arch, row in rows.items():
+            if row.checkpoint:
+                yield f"{family.lower()}-{arch}", row.checkpoint
+            if row.checkpoint_22k:
+                yield f"{family.lower()}-{arch}-22k", row.checkpoint_22k
+    for model in published.PUBLISHED:
+        yield PurePosixPath(model.checkpoint).stem, model.checkpoint
+
+
+URLS: Mapping[str, str] = MappingProxyType(dict(_files()))
+"""Name to address."""

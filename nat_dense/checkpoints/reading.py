@@ -1,0 +1,281 @@
+"""Reading checkpoint files as data: nothing in a file is ever run, unless the user trusts it by name.
+
+safetensors files hold nothing but tensors. PyTorch files are pickles and go through `weights_only=True`, which admits
+tensors and plain Python values. What mm's training loops, timm and NumPy leave beside the weights is replaced by
+stand-ins that only keep what they are given, so that reading imports none of those libraries. A file that names
+anything else is refused with that name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+WEIGHT_ENTRIES = (
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "model_state",
+    "state_dict_ema",
+    "ema_state_dict",
+    "module",
+)
+"""Where training loops put the weights, in order of preference: mm, most others, and averaged weights last."""
+DIRECTORY_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""The weights in a folder that transformers wrote, in the order in which transformers itself looks for them."""
+
+
+class StandIn:
+    """What a file's object becomes when its class is known to be harmless and its content is not needed."""
+
+    def __init__(self, *args: Any):
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+STAND_INS: tuple[tuple[Callable, str], ...] = (
+    # NumPy 1 and 2: losses and scores in `meta`.
+    *(
+        (StandIn, f"numpy.{core}.multiarray.{name}")
+        for core in ("core", "_core")
+        for name in ("scalar", "_reconstruct")
+    ),
+    (StandIn, "numpy.ndarray"),
+    (StandIn, "numpy.dtype"),
+    # mmcv 1.x and mmengine: the config (its dicts are dicts) and the loss history with the names of its methods.
+    (StandIn, "mmcv.utils.config.Config"),
+    (OrderedDict, "mmcv.utils.config.ConfigDict"),
+    (StandIn, "mmengine.config.config.Config"),
+    (OrderedDict, "mmengine.config.config.ConfigDict"),
+    (OrderedDict, "addict.addict.Dict"),
+    (StandIn, "mmengine.logging.history_buffer.HistoryBuffer"),
+    (StandIn, "builtins.getattr"),
+    # timm and its descendants save their command line, Swin's its yacs config.
+    (StandIn, "argparse.Namespace"),
+    (OrderedDict, "yacs.config.CfgNode"),
+)
+"""(what is used instead, the name in the file). Nothing here calls, imports or looks up anything."""
+
+_MAGIC = (
+    (b"<", "a web page; the download went wrong"),
+    (b"version https://git-lfs", "a Git LFS pointer; fetch the file itself with `git lfs pull`"),
+    (b"\x89HDF", "HDF5 (Keras?)"),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"\x1f\x8b", "gzip; unpack it first"),
+    (b"BZh", "bzip2; unpack it first"),
+    (b"\xfd7zXZ", "xz; unpack it first"),
+    (b"Rar!", "a RAR archive; unpack it first"),
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights of a file, under the file's own names.
+
+    Attributes:
+        path: The file.
+        container: "torch" or "safetensors".
+        tensors: Name to tensor; mapped from the file where the format allows it, so don't write to them.
+        entry: The entry of the file that held the weights; "" where they are the whole file.
+        extras: The other entries ("meta", "optimizer", ...).
+    """
+
+    path: Path
+    container: str
+    tensors: dict[str, Tensor]
+    entry: str = ""
+    extras: dict[str, Any] = field(default_factory=dict)
+
+
+def read(path: str | Path, *, trust: bool = False, sha256: str | None = None, entry: str | None = None) -> Checkpoint:
+    """The weights of a local checkpoint: a PyTorch or safetensors file, its shards' index, or a folder with one.
+
+    Args:
+        path: The file or folder.
+        trust: Whether to run the code that a PyTorch file may bring along. Only for files that you made.
+        sha256: The file's expected hash, in hexadecimal. Not for sharded files.
+        entry: Which entry holds the weights, where the file has several, such as "state_dict_ema".
+
+    Raises:
+        FileNotFoundError: There is no such file, or a shard is missing.
+        ValueError: The file is damaged, of another format, has another hash, needs code to be run, or has no weights.
+    """
+    path = _find_file(Path(path))
+    if sha256 is not None:
+        check_sha256(path, sha256)
+    if path.name.endswith(".index.json"):
+        return _read_shards(path, trust)
+    container = _container(path)
+    if container == "safetensors":
+        return Checkpoint(path, container, _read_safetensors(path))
+    return _weights_of(path, read_torch(path, trust=trust), entry)
+
+
+def read_torch(path: str | Path, *, trust: bool = False, admit: Iterable[tuple[Callable, str]] = ()) -> Any:
+    """Whatever a PyTorch file holds, as data.
+
+    Args:
+        path: A file written by `torch.save`.
+        trust: As in `read`.
+        admit: (what to use, its name in the file) in addition to `STAND_INS` or instead of theirs.
+
+    Raises:
+        ValueError: The file is damaged, or needs code to be run.
+    """
+    path = Path(path)
+    with _only_admitting(*STAND_INS, *admit):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=not trust, mmap=_is_zip(path))
+        except UnpicklingError as error:
+            raise ValueError(_refusal(path, str(error))) from error
+        except Exception as error:
+            reason = " ".join(str(error).split()).split(". ")[0] or type(error).__name__
+            raise ValueError(f"{path} is damaged or not a PyTorch checkpoint: {reason}") from error
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Raises ValueError unless the file's SHA-256 starts with `expected` (at least 8 hexadecimal digits)."""
+    if not re.fullmatch(r"[0-9a-fA-F]{8,64}", expected):
+        raise ValueError(f"sha256={expected!r}: expected 8 to 64 hexadecimal digits")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if not found.startswith(expected.lower()):
+        raise ValueError(
+            f"{path} has SHA-256 {found}, expected {expected}: it is damaged or not the file that was meant"
+        )
+
+
+@contextmanager
+def _only_admitting(*admitted: tuple[Callable, str]) -> Iterator[None]:
+    """Narrows PyTorch's allow-list, which is one for the process, to these names; the last one wins."""
+    others = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([(value, name) for name, value in {n: v for v, n in admitted}.items()])
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(others)
+
+
+def _find_file(path: Path) -> Path:
+    if path.is_dir():
+        for name in DIRECTORY_FILES:
+            if (path / name).is_file():
+                return path / name
+        raise FileNotFoundError(f"{path} is a folder without weights; expected one of {', '.join(DIRECTORY_FILES)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    return path
+
+
+def _container(path: Path) -> str:
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head:
+        raise ValueError(f"{path} is empty; the download or copy was interrupted")
+    if head.startswith((b"PK\x03\x04", b"\x80")):
+        return "torch"
+    if len(head) > 8 and head[8:9] == b"{":
+        return "safetensors"
+    for magic, meaning in _MAGIC:
+        if head.lstrip().startswith(magic):
+            raise ValueError(f"{path} is not a checkpoint but {meaning}")
+    raise ValueError(f"{path} is neither a PyTorch nor a safetensors file (it starts with {head[:8]!r})")
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _refusal(path: Path, error: str) -> str:
+    named = re.search(r"GLOBAL (\S+) was not an allowed", error) or re.search(r"unrecognized function (.+)", error)
+    if named:
+        return (
+            f"{path} refused: reading it would run code, it asks for {named[1]}. If you made this file yourself or "
+            "trust who did, say so (--trust, trust=True)"
+        )
+    reason = " ".join(error.split()).split(". ")[0]
+    return f"{path} is damaged or not a PyTorch checkpoint: {reason}"
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 # not a dict
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def _read_shards(index: Path, trust: bool) -> Checkpoint:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+        plain = all(name == Path(name).name for name in names)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{index} is not an index of shards: expected JSON with a 'weight_map' of file names"
+        ) from error
+    if not names or not plain:
+        raise ValueError(f"{index} names {names[:3]}: expected files beside it")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{index} names {len(names)} shards, {len(missing)} missing: {', '.join(missing[:3])}")
+    shards = {name: read(index.parent / name, trust=trust) for name in names}
+    absent = [key for key, name in weight_map.items() if key not in shards[name].tensors]
+    if absent:
+        raise ValueError(f"{index} places {absent[0]} in {weight_map[absent[0]]}, which does not hold it")
+    tensors: dict[str, Tensor] = {}
+    for name, shard in shards.items():
+        strays = [key for key in shard.tensors if weight_map.get(key) != name]
+        if strays:
+            raise ValueError(f"{index.parent / name} holds {strays[0]}, which {index.name} does not place there")
+        tensors |= shard.tensors
+    return Checkpoint(index, shards[names[0]].container, tensors)
+
+
+def _weights_of(path: Path, content: Any, entry: str | None) -> Checkpoint:
+    if isinstance(content, torch.nn.Module):
+        content = content.state_dict()
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not weights by name")
+    entries = [name for name in WEIGHT_ENTRIES if isinstance(content.get(name), Mapping)]
+    if entry is None and entries and not any(isinstance(value, Tensor) for value in content.values()):
+        entry = entries[0]
+    if entry is None:
+        weights, extras = content, {}
+    elif isinstance(content.get(entry), Mapping):
+        weights, extras = content[entry], {name: value for name, value in content.items() if name != entry}
+    else:
+        raise ValueError(f"{path} has no weights under {entry!r}; it has {', '.join(map(repr, content)) or 'nothing'}")
+    others = [name for name, value in weights.items() if not isinstance(value, Tensor)]
+    if len(others) == len(weights):
+        held = ", ".join(map(str, list(content)[:6])) or "nothing"
+        raise ValueError(f"{path} has no weights: it holds {held}. Is it a training state without the model?")
+    if others or any(not isinstance(name, str) for name in weights):
+        names = ", ".join(f"{name} ({type(weights[name]).__name__})" for name in others[:3])
+        raise ValueError(f"{path} mixes weights with {len(others)} other values: {names}. Expected tensors by name")
+    for name, value in weights.items():
+        if value.layout != torch.strided or value.is_quantized:
+            raise ValueError(f"{path}: {name} is sparse or quantized; expected a plain tensor")
+    return Checkpoint(path, "torch", dict(weights), entry or "", extras)
