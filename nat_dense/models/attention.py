@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from nat_dense.models.layers import Linear, in_runs
+from nat_dense.models.layers import Linear
 from nat_dense.ops import na2d, reference
 from nat_dense.ops.backends import check_name
 from nat_dense.ops.problem import completed_size
@@ -67,19 +67,16 @@ class NeighborhoodAttention2D(nn.Module):
         self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, dim] -> [B, H, W, dim].
 
         A map smaller than the dilated window counts as zero-padded on the right and bottom before the projection, as
         in the released models: its padding is attended to and has the projection's biases as key and value.
-
-        Args:
-            norm: Applied to the tokens of `x` before the projection.
         """
-        qkv = in_runs(self.qkv if norm is None else lambda tokens: self.qkv(norm(tokens)), x)
-        query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(3)  # [B, H, W, heads, head_dim]
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        query, key, value = qkv.unbind(3)  # [B, H, W, heads, head_dim]
         out = self._attend(query, key, value, *self._padding(query))
-        return self.proj_drop(in_runs(self.proj, out.flatten(-2)))
+        return self.proj_drop(self.proj(out.flatten(-2)))
 
     def _padding(self, query: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Key and value [heads, head_dim] of a padded token, None where the map needs no padding."""

@@ -37,7 +37,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
-        return in_runs(self._add_branches, x, self.attn(x, self.norm1))
+        return in_runs(self._add_branches, x, self.attn(self.norm1(x)))
 
     def _add_branches(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.drop_path(_scaled(attended, self.gamma1))
