@@ -1,10 +1,12 @@
 """From a config to a Runner that may start: the one way that every command takes."""
 
+import time
 from typing import Any, Literal
 
 from mmengine.config import Config
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
+from mmengine.visualization import Visualizer
 
 from nat_dense.mm.checkpoints import (
     DropEmbeddedConfig,
@@ -55,6 +57,17 @@ def build_runner(cfg: Config, mode: Literal["train", "test"] = "train", *, tta: 
         notices += enable_tta(cfg)
     for notice in notices:
         print(f"note: {notice}", flush=True)
+    _name_visualizer(cfg)
     runner: Any = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
     runner.register_hook(DropEmbeddedConfig())
     return runner
+
+
+def _name_visualizer(cfg: Config) -> None:
+    """Gives the run a visualizer of its own.
+
+    MMEngine keeps visualizers by name for the whole process: a second run would log into the first one's directory.
+    """
+    name = (cfg.get("visualizer") or {}).get("name")
+    if name and Visualizer.check_instance_created(name):
+        cfg.visualizer.name = f"{name}_{time.time_ns()}"

@@ -1,0 +1,148 @@
+"""Checkpoints are read as data, must fit, and are never overwritten."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.model import BaseModule
+from torch import nn
+
+from nat_dense.mm.checkpoints import (
+    DropEmbeddedConfig,
+    check_fits,
+    check_work_dir,
+    read_checkpoint,
+    refuse_pickled_code,
+)
+
+
+class Payload:
+    """Unpickling this creates a file: the proof that a checkpoint ran code."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def save(path: Path, model: nn.Module, experiment: str = "ours_20250101_120000", **changes) -> str:
+    checkpoint = dict(meta=dict(experiment_name=experiment), state_dict=model.state_dict(), optimizer={})
+    torch.save(checkpoint | changes, path)
+    return str(path)
+
+
+def config(work_dir: Path, **fields) -> Config:
+    return Config(dict(work_dir=str(work_dir), experiment_name="ours") | fields)
+
+
+@pytest.fixture
+def model():
+    return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+
+
+@pytest.fixture
+def malicious(tmp_path, monkeypatch):
+    """A checkpoint with code, and the file that its code would create."""
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+    proof = tmp_path / "ran"
+    torch.save(dict(state_dict={}, meta=Payload(proof)), tmp_path / "bad.pth")
+    return str(tmp_path / "bad.pth"), proof
+
+
+def test_a_checkpoint_with_code_is_refused_and_does_not_run(malicious):
+    path, proof = malicious
+    with pytest.raises(ValueError, match="can't be loaded as data"):
+        read_checkpoint(path)
+    assert not proof.exists()
+
+
+def test_initial_weights_with_code_are_refused_and_do_not_run(malicious):
+    path, proof = malicious
+    refuse_pickled_code()
+    backbone = BaseModule(init_cfg=dict(type="Pretrained", checkpoint=path))
+    with pytest.raises(pickle.UnpicklingError):
+        backbone.init_weights()
+    assert not proof.exists()
+
+
+def test_the_same_checkpoint_runs_its_code_without_us(malicious):
+    """The tests above can fail: MMEngine on its own falls back to full unpickling."""
+    path, proof = malicious
+    BaseModule(init_cfg=dict(type="Pretrained", checkpoint=path)).init_weights()
+    assert proof.exists()
+
+
+def test_an_environment_that_demands_pickles_is_refused(monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with pytest.raises(ValueError, match="lets checkpoints run code"):
+        refuse_pickled_code()
+
+
+def test_config_text_in_a_checkpoint_is_dropped():
+    checkpoint = dict(meta=dict(config="import os", epoch=3))
+    DropEmbeddedConfig().after_load_checkpoint(None, checkpoint)
+    assert checkpoint == dict(meta=dict(epoch=3))
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint 'nowhere.pth'"):
+        read_checkpoint("nowhere.pth")
+    (tmp_path / "empty.pth").write_bytes(b"")
+    with pytest.raises(ValueError, match="empty.pth"):
+        read_checkpoint(str(tmp_path / "empty.pth"))
+    torch.save([1], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="holds a list"):
+        read_checkpoint(str(tmp_path / "list.pth"))
+
+
+def test_weights_must_be_all_there_in_their_shape(model):
+    weights = model.state_dict()
+    assert check_fits(model, dict(state_dict=weights), "ours.pth") == []
+    assert check_fits(model, {f"module.{key}": value for key, value in weights.items()}, "ours.pth") == []
+    (warning,) = check_fits(model, weights | {"head.weight": torch.zeros(1)}, "ours.pth")
+    assert "1 weights are not used by this model, such as 'head.weight'" in warning
+    with pytest.raises(ValueError, match=r"lacks 1 of 7 weights, such as '0.bias'"):
+        check_fits(model, {key: value for key, value in weights.items() if key != "0.bias"}, "theirs.pth")
+    with pytest.raises(ValueError, match=r"'0.bias' has shape \(4,\), this config's model needs \(3,\)"):
+        check_fits(model, weights | {"0.bias": torch.zeros(4)}, "theirs.pth")
+
+
+def test_a_new_run_does_not_overwrite_checkpoints(tmp_path, model):
+    assert check_work_dir(config(tmp_path / "new"), model) == []
+    save(tmp_path / "epoch_1.pth", model)
+    with pytest.raises(ValueError, match=r"already holds 1 checkpoint\(s\), such as 'epoch_1.pth'"):
+        check_work_dir(config(tmp_path), model)
+
+
+def test_resume_from_the_work_dir(tmp_path, model):
+    (notice,) = check_work_dir(config(tmp_path, resume=True), model)
+    assert "Nothing to resume" in notice
+    last = save(tmp_path / "epoch_1.pth", model)
+    (tmp_path / "last_checkpoint").write_text(last)
+    assert check_work_dir(config(tmp_path, resume=True), model) == []
+
+
+def test_another_configs_checkpoints_are_not_resumed(tmp_path, model):
+    last = save(tmp_path / "epoch_1.pth", model, experiment="theirs_20250101_120000")
+    (tmp_path / "last_checkpoint").write_text(last)
+    with pytest.raises(ValueError, match="holds checkpoints of the config 'theirs', not of 'ours'"):
+        check_work_dir(config(tmp_path, resume=True), model)
+    # Named on purpose, the file is taken, as long as it fits.
+    assert check_work_dir(config(tmp_path, resume=True, load_from=last), model) == []
+
+
+def test_another_models_checkpoints_are_not_resumed(tmp_path, model):
+    last = save(tmp_path / "epoch_1.pth", nn.Linear(2, 4))
+    (tmp_path / "last_checkpoint").write_text(last)
+    for changes in ({}, {"load_from": last}):
+        with pytest.raises(ValueError, match="is of another model"):
+            check_work_dir(config(tmp_path, resume=True, **changes), model)
+
+
+def test_weights_alone_are_no_run_to_resume(tmp_path, model):
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="no training state to resume"):
+        check_work_dir(config(tmp_path, resume=True, load_from=str(tmp_path / "weights.pth")), model)

@@ -1,0 +1,86 @@
+"""Config paths: those of the installed libraries, whatever their distributions are called, and mistakes in them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nat_dense.mm.config import load_config
+from tests.mm.small import DETECTOR, REPOSITORY
+
+READ = """
+import importlib, sys
+from nat_dense.mm.config import load_config
+for site, module in zip(sys.argv[1::2], sys.argv[2::2]):
+    sys.path.insert(0, site)
+    importlib.invalidate_caches()
+    cfg = load_config(f"{module}::net/child.py")
+    print(cfg.filename, cfg.model.type, cfg.base, sep="|")
+    sys.path.remove(site)
+"""
+"""Reads one config of each stand-in, in a process that has not imported the real libraries."""
+
+LIBRARIES = [
+    ("mmdet", "mmdet"),
+    ("onedl-mmdetection", "mmdet"),
+    ("mmsegmentation", "mmseg"),
+    ("onedl-mmsegmentation", "mmseg"),
+]
+"""Each library under the name of the original distribution and under the maintained fork's."""
+
+
+def stand_in(site: Path, distribution: str, module: str) -> Path:
+    """A distribution of this name with a module that ships two configs, one of which inherits from the other."""
+    configs = site / module / ".mim" / "configs" / "net"
+    configs.mkdir(parents=True)
+    (site / module / "__init__.py").write_text("")
+    (site / module / ".mim" / "model-index.yml").write_text("Import: []\n")
+    (configs / "base_v1.5.py").write_text(f"base = {distribution!r}\nmodel = dict(type='Base')\n")
+    (configs / "child.py").write_text(f"_base_ = '{module}::net/base_v1.5.py'\nmodel = dict(type='Child')\n")
+    metadata = site / f"{distribution.replace('-', '_')}-9.9.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 9.9\n")
+    (metadata / "top_level.txt").write_text(f"{module}\n")
+    return configs
+
+
+def test_shipped_configs_are_found_under_every_distribution(tmp_path):
+    sites = [tmp_path / distribution for distribution, _ in LIBRARIES]
+    configs = [stand_in(site, *library) for site, library in zip(sites, LIBRARIES, strict=True)]
+    pairs = [str(argument) for site, (_, module) in zip(sites, LIBRARIES, strict=True) for argument in (site, module)]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", READ, *pairs]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = [f"{c / 'child.py'}|Child|{name}" for c, (name, _) in zip(configs, LIBRARIES, strict=True)]
+    assert done.stdout.strip().splitlines()[-4:] == expected
+
+
+def test_shipped_configs_of_what_is_installed():
+    assert load_config("mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py").model.backbone.depth == 50
+    swin = "mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py"
+    assert load_config(swin).model.backbone.embed_dims == 96
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setattr("nat_dense.mm.config.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="onedl-mmsegmentation, which is not installed"):
+        load_config("mmseg::swin/x.py")
+
+
+def test_a_missing_config_suggests_its_neighbours():
+    with pytest.raises(
+        FileNotFoundError, match=r"In the same folder: mask-rcnn_nat-tiny_fpn_8xb2-amp-ms-crop-3x_coco.py"
+    ):
+        load_config(DETECTOR.replace("ms-crop-3x", "mscrop-3x"))
+    with pytest.raises(FileNotFoundError, match="no folder 'no/such'"):
+        load_config("no/such/config.py")
+
+
+def test_options_are_merged_and_misspelt_ones_refused():
+    cfg = load_config(DETECTOR, {"train_cfg.max_epochs": 1, "model.backbone.frozen_stages": 0, "randomness.seed": 5})
+    assert (cfg.train_cfg.max_epochs, cfg.model.backbone.frozen_stages, cfg.randomness.seed) == (1, 0, 5)
+    with pytest.raises(ValueError, match="no key 'optim_wraper'. Did you mean 'optim_wrapper'"):
+        load_config(DETECTOR, {"optim_wraper.type": "OptimWrapper"})

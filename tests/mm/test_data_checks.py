@@ -1,0 +1,280 @@
+"""Bad data is refused before training starts, with a message that names it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mmengine.registry import DATASETS, init_default_scope
+from PIL import Image
+
+from nat_dense.mm.config import load_config
+from nat_dense.mm.data_checks import check_data
+from tests.mm.small import (
+    DETECTOR,
+    SEGMENTOR,
+    SIZE,
+    ade_options,
+    coco_options,
+    parse_options,
+    write_ade,
+    write_coco,
+)
+
+TRAIN = ("train_dataloader", "val_dataloader")
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """A detector's config on small data, and where the data lies."""
+    init_default_scope("mmdet")
+    root = write_coco(tmp_path / "coco")
+    return load_config(DETECTOR, parse_options(coco_options(root))), root
+
+
+@pytest.fixture
+def ade(tmp_path):
+    """A segmentor's config on small data, and where the data lies."""
+    init_default_scope("mmseg")
+    root = write_ade(tmp_path / "ade")
+    return load_config(SEGMENTOR, parse_options(ade_options(root))), root
+
+
+def edit_annotations(root: Path, change) -> None:
+    file = root / "annotations" / "instances_train2017.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def message(error: type[Exception], cfg, loaders=TRAIN) -> str:
+    with pytest.raises(error) as raised:
+        check_data(cfg, loaders)
+    return str(raised.value)
+
+
+def test_good_data_passes_without_a_word(coco, ade):
+    init_default_scope("mmdet")
+    assert check_data(coco[0], TRAIN) == []
+    init_default_scope("mmseg")
+    assert check_data(ade[0], TRAIN) == []
+
+
+def test_missing_data_root(coco):
+    cfg, _ = coco
+    cfg.train_dataloader.dataset.data_root = "nowhere"
+    text = message(FileNotFoundError, cfg)
+    assert "'nowhere'" in text
+    assert "--cfg-options train_dataloader.dataset.data_root=DIR" in text
+
+
+def test_missing_annotation_file(coco):
+    cfg, root = coco
+    (root / "annotations" / "instances_train2017.json").unlink()
+    assert "instances_train2017.json" in message(FileNotFoundError, cfg)
+
+
+def test_missing_annotation_file_of_the_evaluator(coco):
+    cfg, _ = coco
+    cfg.val_evaluator.ann_file = "nowhere.json"
+    assert "val_evaluator.ann_file: no file 'nowhere.json'" in message(FileNotFoundError, cfg)
+
+
+def test_missing_image_folder(coco, ade):
+    for (cfg, root), scope, folder in ((coco, "mmdet", "val2017"), (ade, "mmseg", "images/validation")):
+        init_default_scope(scope)
+        (root / folder).rename(root / "moved")
+        assert folder in message(FileNotFoundError, cfg)
+
+
+def test_missing_label_folder(ade):
+    cfg, root = ade
+    (root / "annotations/training").rename(root / "moved")
+    assert "data_prefix.seg_map_path" in message(FileNotFoundError, cfg)
+
+
+def test_annotation_file_that_is_not_json(coco):
+    cfg, root = coco
+    (root / "annotations" / "instances_train2017.json").write_text('{"images": [')
+    text = message(ValueError, cfg)
+    assert "is not JSON" in text
+    assert "line 1 column 13" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda c: c.pop("categories"), "has no list 'categories'"),
+        (lambda c: c["images"][1].pop("file_name"), "images[1] lacks 'file_name'"),
+        (lambda c: c["annotations"][2].pop("bbox"), "annotations[2] lacks 'bbox'"),
+        (lambda c: c["annotations"][0].pop("segmentation"), "annotations[0] lacks 'segmentation'"),
+        (lambda c: c["annotations"][0].update(image_id=99), "image_id 99, which no image has"),
+        (lambda c: c["annotations"][0].update(category_id=99), "category_id 99, which no category has"),
+    ],
+)
+def test_annotation_file_that_lacks_something(coco, change, expected):
+    cfg, root = coco
+    edit_annotations(root, change)
+    assert expected in message(ValueError, cfg)
+
+
+def test_a_box_only_detector_needs_no_segmentation(coco):
+    cfg, root = coco
+    edit_annotations(root, lambda c: c["annotations"][0].pop("segmentation"))
+    cfg.train_dataloader.dataset.pipeline[1].with_mask = False
+    assert check_data(cfg, TRAIN) == []
+
+
+def test_classes_that_the_config_does_not_have(coco):
+    cfg, root = coco
+    edit_annotations(root, lambda c: c["categories"].append(dict(id=81, name="hazelnut")))
+    text = message(ValueError, cfg)
+    assert "'hazelnut'" in text
+    assert "metainfo.classes" in text
+    cfg.data_checks = dict(other_classes="ignore")
+    assert check_data(cfg, TRAIN) == []
+
+
+def test_classes_that_the_annotations_do_not_have(coco):
+    cfg, root = coco
+    edit_annotations(root, lambda c: c["categories"].pop())
+    assert "no category for the config's classes 'toothbrush'" in message(ValueError, cfg)
+
+
+def test_classes_in_another_order(coco):
+    cfg, root = coco
+    edit_annotations(root, lambda c: c["categories"].reverse())
+    assert "another order" in message(ValueError, cfg)
+
+
+def test_mmdetection_numbers_labels_in_the_order_of_the_file(coco):
+    """Why another order is refused: the label of the only class "bicycle" box becomes its place in the file."""
+    cfg, root = coco
+    edit_annotations(root, lambda c: c["categories"].reverse())
+    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    assert dataset.metainfo["classes"][1] == "bicycle"
+    assert dataset.get_data_info(1)["instances"][0]["bbox_label"] == 78  # "hair drier" by the config's names
+
+
+def test_heads_with_another_number_of_classes(coco, ade):
+    init_default_scope("mmdet")
+    coco[0].model.roi_head.mask_head.num_classes = 3
+    assert "mask_head.num_classes is 3, but train_dataloader.dataset has 80 classes" in message(ValueError, coco[0])
+    init_default_scope("mmseg")
+    ade[0].model.decode_head.num_classes = 19
+    assert "decode_head.num_classes is 19" in message(ValueError, ade[0])
+
+
+@pytest.mark.parametrize("fault", ["missing", "empty", "truncated", "text", "resized"])
+def test_bad_images_stop_the_run_or_are_skipped_aloud(coco, fault):
+    cfg, root = coco
+    file = root / "train2017" / "2.jpg"
+    expected = dict(missing="no such file", empty="0 bytes", resized="its annotation says 96x64")
+    if fault == "missing":
+        file.unlink()
+    elif fault == "resized":
+        Image.open(file).resize((SIZE[1], SIZE[0])).save(file)
+    else:
+        content = dict(empty=b"", text=b"no image", truncated=file.read_bytes()[:-800])[fault]
+        file.write_bytes(content)
+    text = message(ValueError, cfg)
+    assert f"{file}: " in text
+    assert expected.get(fault, "can't be decoded") in text
+
+    cfg.data_checks = dict(bad_images="skip")
+    (warning,) = check_data(cfg, TRAIN)
+    assert str(file) in warning
+    assert "1 of 4 images" in warning
+    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    assert [Path(dataset.get_data_info(i)["img_path"]).name for i in range(len(dataset))] == ["0.jpg", "1.jpg", "3.jpg"]
+
+
+def test_images_that_are_looked_up_only(coco):
+    cfg, root = coco
+    (root / "train2017" / "2.jpg").write_bytes(b"no image")
+    cfg.data_checks = dict(images="none")
+    assert check_data(cfg, TRAIN) == []
+
+
+def test_no_image_is_left(coco):
+    cfg, root = coco
+    for file in (root / "train2017").iterdir():
+        file.write_bytes(b"")
+    cfg.data_checks = dict(bad_images="skip")
+    assert "None is left" in message(ValueError, cfg)
+
+
+def test_images_of_four_channels(coco):
+    cfg, root = coco
+    cfg.train_dataloader.dataset.pipeline[0].color_type = "unchanged"
+    assert check_data(cfg, TRAIN) == []
+    Image.open(root / "train2017" / "0.jpg").convert("RGBA").save(root / "train2017" / "0.jpg", "PNG")
+    assert "has 4 channels, the model takes 3" in message(ValueError, cfg)
+    cfg.train_dataloader.dataset.pipeline[0].color_type = "grayscale"
+    assert "gives 1 channels, the model's data_preprocessor takes 3" in message(ValueError, cfg)
+
+
+def test_misspelt_check(coco):
+    coco[0].data_checks = dict(bad_images="ignore")
+    assert "data_checks.bad_images='ignore': expected" in message(ValueError, coco[0])
+
+
+def test_unknown_dataset_type(coco):
+    coco[0].train_dataloader.dataset.type = "CoocDataset"
+    assert "no dataset type 'CoocDataset'" in message(ValueError, coco[0])
+
+
+def test_wrapped_datasets_are_checked(coco):
+    cfg, root = coco
+    (root / "train2017" / "2.jpg").write_bytes(b"")
+    cfg.train_dataloader.dataset = dict(type="RepeatDataset", times=2, dataset=cfg.train_dataloader.dataset)
+    assert "train_dataloader.dataset.dataset: 1 of 4 images" in message(ValueError, cfg)
+    cfg.data_checks = dict(bad_images="skip")
+    check_data(cfg, TRAIN)
+    assert len(DATASETS.build(cfg.train_dataloader.dataset)) == 6
+
+
+def test_label_values_outside_the_classes(ade):
+    cfg, root = ade
+    file = root / "annotations/training/1.png"
+    label = np.asarray(Image.open(file)).copy()
+    label[0, 0], label[0, 1] = 151, 200
+    Image.fromarray(label).save(file)
+    text = message(ValueError, cfg)
+    assert f"{file}: holds the values [151, 200]" in text
+    assert "0 (void), 1 to 150 and 255 (ignored), for 150 classes with reduce_zero_label=True" in text
+
+
+def test_labels_of_a_dataset_without_void(ade):
+    cfg, _ = ade
+    classes = ("wall", "box")
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        loader.dataset.update(type="BaseSegDataset", reduce_zero_label=False, metainfo=dict(classes=classes))
+        loader.dataset.update(img_suffix=".jpg", seg_map_suffix=".png")
+    cfg.model.decode_head.num_classes = cfg.model.auxiliary_head.num_classes = 2
+    assert "holds the values [2]" in message(ValueError, cfg)  # 0, 1 and 2 are three classes
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda file: file.unlink(), "no label map"),
+        (lambda file: file.write_bytes(b""), "can't be decoded"),
+        (lambda file: Image.open(file).convert("RGB").save(file), "has 3 channels"),
+        (lambda file: Image.open(file).resize((10, 10)).save(file), "is 10x10 pixels, its image 96x64"),
+    ],
+)
+def test_bad_label_maps(ade, change, expected):
+    cfg, root = ade
+    file = root / "annotations/validation/0.png"
+    change(file)
+    text = message(ValueError, cfg)
+    assert str(file) in text
+    assert expected in text
+
+
+def test_empty_image_folder(ade):
+    cfg, root = ade
+    for file in (root / "images/training").iterdir():
+        file.unlink()
+    assert "holds no *.jpg file" in message(ValueError, cfg)

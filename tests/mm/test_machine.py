@@ -1,0 +1,75 @@
+"""What the machine can't run is replaced, and said."""
+
+import pytest
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+
+from nat_dense.mm import machine
+from nat_dense.mm.config import load_config
+from nat_dense.mm.machine import fit_to_machine
+from tests.mm.small import DETECTOR, SEGMENTOR
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Sets the device that MMEngine would find."""
+    return lambda name: monkeypatch.setattr(machine, "get_device", lambda: name)
+
+
+def test_mixed_precision_without_an_accelerator(device):
+    device("cpu")
+    cfg = load_config(DETECTOR, {"optim_wrapper.loss_scale": "dynamic", "optim_wrapper.dtype": "float16"})
+    notices = fit_to_machine(cfg)
+    assert any("AmpOptimWrapper is replaced by OptimWrapper" in notice for notice in notices)
+    assert cfg.optim_wrapper.type == "OptimWrapper"
+    assert not {"loss_scale", "dtype"} & set(cfg.optim_wrapper)
+    assert cfg.optim_wrapper.optimizer.lr == 1e-4
+
+
+def test_mixed_precision_stays_on_a_gpu(device):
+    device("cuda")
+    cfg = load_config(DETECTOR)
+    fit_to_machine(cfg)
+    assert cfg.optim_wrapper.type == "AmpOptimWrapper"
+
+
+def test_sync_batch_norm_of_one_process(device):
+    device("cpu")
+    cfg = load_config(SEGMENTOR, {"model.backbone.init_cfg": None})
+    assert any("SyncBN is replaced by BN" in notice for notice in fit_to_machine(cfg))
+    init_default_scope("mmseg")
+    model = MODELS.build(cfg.model)
+    assert not any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in model.modules()) > 5
+
+
+def test_sync_batch_norm_of_several_processes_stays(device):
+    device("cuda")
+    cfg = load_config(SEGMENTOR, {"launcher": "pytorch"})
+    fit_to_machine(cfg)
+    assert cfg.model.decode_head.norm_cfg.type == "SyncBN"
+
+
+def test_a_launcher_needs_gpus(device):
+    device("cpu")
+    with pytest.raises(ValueError, match="launcher 'slurm' runs one process per GPU"):
+        fit_to_machine(Config(dict(launcher="slurm")))
+
+
+def test_persistent_workers_without_workers(device):
+    device("cpu")
+    cfg = load_config(DETECTOR, {"val_dataloader.num_workers": 0})
+    assert "val_dataloader: no workers, so persistent_workers is off." in fit_to_machine(cfg)
+    assert not cfg.val_dataloader.persistent_workers
+    assert cfg.train_dataloader.persistent_workers
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_faster_evaluation_where_it_is_installed(device, monkeypatch, installed):
+    device("cpu")
+    monkeypatch.setattr(machine, "find_spec", lambda name: object() if installed else None)
+    cfg = load_config(DETECTOR)
+    notices = fit_to_machine(cfg)
+    assert cfg.val_evaluator.type == ("FasterCocoMetric" if installed else "CocoMetric")
+    assert any("pip install faster-coco-eval" in notice for notice in notices) != installed

@@ -1,0 +1,123 @@
+"""A wrong model is refused before anything is written, in one sentence."""
+
+import pytest
+import torch
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import init_default_scope
+
+from nat_dense.mm.config import load_config
+from nat_dense.mm.machine import fit_to_machine
+from nat_dense.mm.model_checks import check_model
+from tests.mm.small import DETECTOR, NANO, SEGMENTOR, parse_options
+
+
+def detector(*options: str):
+    init_default_scope("mmdet")
+    return load_config(DETECTOR, parse_options([*NANO, "model.neck.in_channels=[32,64,128,256]", *options]))
+
+
+def segmentor(*options: str):
+    init_default_scope("mmseg")
+    heads = ["model.decode_head.in_channels=[32,64,128,256]", "model.auxiliary_head.in_channels=128"]
+    return load_config(SEGMENTOR, parse_options([*NANO, *heads, *options]))
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("model.backbone.arch=tinny", "arch='tinny'"),
+        ("model.backbone.depths=[1,1,1]", "depths=(1, 1, 1)"),
+        ("model.backbone.num_heads=[3,2,4,8]", "3"),
+        ("model.backbone.dilations=[[1],[1],[1],[1]]", "dilations"),
+        ("model.backbone.kernel_size=6", "6"),
+        ("model.backbone.frozen_stages=5", "frozen_stages=5"),
+        ("model.backbone.frozen_stage=1", "has no field 'frozen_stage'. Did you mean 'frozen_stages'?"),
+        ("model.backbone.drop_path_rate=1.5", "drop_path_rate=1.5"),
+        ("model.backbone.in_chans=4", "expected [batch, 4, height, width]"),
+        ("model.neck.in_channels=[64,128,256,512]", "model.neck.in_channels is [64, 128, 256, 512]"),
+        ("model.backbone.out_indices=(1,2,3)", "maps have [64, 128, 256] channels"),
+    ],
+)
+def test_wrong_fields(option, expected):
+    with pytest.raises(ValueError, match=".") as raised:
+        check_model(detector(option))
+    assert expected in str(raised.value)
+
+
+def test_head_that_does_not_fit_its_map():
+    with pytest.raises(ValueError, match="auxiliary_head.in_channels is 256"):
+        check_model(segmentor("model.auxiliary_head.in_channels=256"))
+    with pytest.raises(ValueError, match="auxiliary_head.in_index is 4"):
+        check_model(segmentor("model.auxiliary_head.in_index=4"))
+
+
+def test_missing_initial_weights():
+    cfg = detector()
+    cfg.model.backbone.init_cfg = dict(type="Pretrained", checkpoint="nowhere.pth")
+    with pytest.raises(FileNotFoundError, match="model.backbone.init_cfg.checkpoint: no file 'nowhere.pth'"):
+        check_model(cfg)
+
+
+def test_batch_norm_with_one_image():
+    cfg = segmentor("train_dataloader.batch_size=1")
+    fit_to_machine(cfg)  # SyncBN of several processes could have more than one image
+    with pytest.raises(ValueError, match=r"batch_size is 1, but decode_head.psp_modules.0 applies batch norm"):
+        check_model(cfg)
+    group_norm = dict(type="GN", num_groups=4)
+    cfg.model.decode_head.norm_cfg = cfg.model.auxiliary_head.norm_cfg = group_norm
+    check_model(cfg)
+
+
+def test_torch_fails_late_on_batch_norm_with_one_image():
+    """Why it is refused: nothing but the first training step would tell."""
+    model, _ = check_model(segmentor())
+    maps = tuple(torch.rand(1, 32 * 2**i, 16 >> i, 16 >> i) for i in range(4))
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        model.decode_head.train()(maps)
+
+
+@pytest.mark.parametrize(
+    ("dilations", "warns"),
+    [("detection", False), ("segmentation", True), ("segmentation-640", True), ("classification", True), (None, True)],
+)
+def test_dilations_of_another_task_warn(dilations, warns):
+    cfg = detector("model.backbone.type=DiNAT")
+    cfg.model.backbone.dilations = dilations
+    _, warnings = check_model(cfg)
+    assert len(warnings) == warns
+    assert all(repr(dilations or "classification") in warning for warning in warnings)
+
+
+def test_dilations_of_a_segmentor():
+    assert check_model(segmentor("model.backbone.type=DiNAT", "model.backbone.dilations=segmentation"))[1] == []
+    assert len(check_model(segmentor("model.backbone.type=DiNAT", "model.backbone.dilations=detection"))[1]) == 1
+
+
+def test_checking_does_not_change_the_random_state():
+    cfg = detector()
+    torch.manual_seed(0)
+    check_model(cfg)
+    drawn = torch.rand(3)
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.rand(3))
+
+
+@pytest.mark.parametrize("family", ["NAT", "DiNAT", "DiNAT_s"])
+def test_biases_and_norms_do_not_decay_and_nothing_is_left_out(family):
+    cfg = detector(
+        f"model.backbone.type={family}", *(["model.backbone.dilations=detection"] if family != "NAT" else [])
+    )
+    fit_to_machine(cfg)
+    model, _ = check_model(cfg)
+    optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decay = {names[p]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert set(decay) == set(names.values())
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+    without = {name for name, value in decay.items() if value == 0}
+    assert without == {name for name in decay if name.endswith(".rpb") or "norm" in name}
+    assert {value for name, value in decay.items() if name not in without} == {0.05}
+    depth = sum((2, 2, 4, 2))
+    assert sum(name.endswith(".rpb") for name in without) == depth
+    # Two norms a block, each with weight and bias, are the least there must be.
+    assert len(without) > depth + 4 * depth

@@ -1,0 +1,163 @@
+"""tools/train.py and tools/test.py through their command lines, in this process, on small data."""
+
+import json
+import math
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nat_dense.mm.checkpoints import read_checkpoint
+from tests.mm.small import DETECTOR, SEGMENTOR, ade_options, coco_options, load_tool, write_ade, write_coco
+
+train = load_tool("train").main
+evaluate = load_tool("test").main
+
+
+def scalars(work_dir: Path) -> list[dict]:
+    """What the run logged, oldest first."""
+    (file,) = work_dir.glob("*/vis_data/scalars.json")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    """A detector trained for one epoch: its options and its work-dir."""
+    root = tmp_path_factory.mktemp("detector")
+    options = coco_options(write_coco(root / "coco"))
+    train([DETECTOR, "--work-dir", str(root / "run"), "--seed", "3", "--cfg-options", *options])
+    return options, root / "run"
+
+
+@pytest.fixture(scope="module")
+def segmentor(tmp_path_factory):
+    """A segmentor trained for two iterations: its options and its work-dir."""
+    root = tmp_path_factory.mktemp("segmentor")
+    options = ade_options(write_ade(root / "ade", train=2, val=1))
+    train([SEGMENTOR, "--work-dir", str(root / "run"), "--seed", "3", "--cfg-options", *options])
+    return options, root / "run"
+
+
+def test_train_detector_logs_losses_and_map(detector):
+    _, work_dir = detector
+    steps = [line for line in scalars(work_dir) if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2]  # 4 images in batches of 2
+    assert all(math.isfinite(line["loss"]) and line["loss_mask"] > 0 for line in steps)
+    (metrics,) = [line for line in scalars(work_dir) if "coco/bbox_mAP" in line]
+    assert -1 <= metrics["coco/segm_mAP"] <= 1
+    assert (work_dir / "epoch_1.pth").is_file()
+
+
+def test_train_segmentor_logs_losses_and_miou(segmentor):
+    _, work_dir = segmentor
+    steps = [line for line in scalars(work_dir) if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2]
+    assert all(math.isfinite(line["decode.loss_ce"]) and line["aux.loss_ce"] > 0 for line in steps)
+    (metrics,) = [line for line in scalars(work_dir) if "mIoU" in line]
+    assert 0 <= metrics["mIoU"] <= 100
+
+
+def test_test_detector_repeats_the_validation_and_writes_pictures_and_predictions(detector, tmp_path):
+    options, run = detector
+    out, pictures = tmp_path / "predictions.pkl", tmp_path / "pictures"
+    arguments = ["--work-dir", str(tmp_path / "test"), "--out", str(out), "--show-dir", str(pictures)]
+    metrics = evaluate([DETECTOR, str(run / "epoch_1.pth"), *arguments, "--cfg-options", *options])
+    (logged,) = [line for line in scalars(run) if "coco/bbox_mAP" in line]
+    assert metrics["coco/bbox_mAP"] == logged["coco/bbox_mAP"]
+    assert metrics["coco/segm_mAP"] == logged["coco/segm_mAP"]
+    predictions = pickle.loads(out.read_bytes())  # written by this test
+    assert [p["img_id"] for p in predictions] == [0, 1]
+    assert {"bboxes", "scores", "labels", "masks"} <= set(predictions[0]["pred_instances"])
+    assert sorted(path.name for path in pictures.iterdir()) == ["0.jpg", "1.jpg"]
+
+
+def test_test_segmentor_repeats_the_validation_and_writes_pictures_and_predictions(segmentor, tmp_path):
+    options, run = segmentor
+    out, pictures = tmp_path / "predictions", tmp_path / "pictures"
+    arguments = ["--work-dir", str(tmp_path / "test"), "--out", str(out), "--show-dir", str(pictures)]
+    metrics = evaluate([SEGMENTOR, str(run / "iter_2.pth"), *arguments, "--cfg-options", *options])
+    (logged,) = [line for line in scalars(run) if "mIoU" in line]
+    assert metrics["mIoU"] == pytest.approx(logged["mIoU"], abs=1e-9)
+    labels = np.asarray(Image.open(out / "0.png"))
+    assert labels.shape == (64, 96)
+    assert 1 <= labels.min() <= labels.max() <= 150
+    assert len(list(pictures.iterdir())) == 1
+
+
+def test_test_time_augmentation_of_a_detector_evaluates_boxes(detector, tmp_path, capsys):
+    options, run = detector
+    arguments = ["--tta", "--work-dir", str(tmp_path)]
+    metrics = evaluate([DETECTOR, str(run / "epoch_1.pth"), *arguments, "--cfg-options", *options])
+    assert "coco/bbox_mAP" in metrics
+    assert not any("segm" in name for name in metrics)
+    assert "merges boxes only" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_test_time_augmentation_of_a_segmentor(segmentor, tmp_path):
+    options, run = segmentor
+    scales = [f"tta_pipeline.1.transforms.0.{i}.scale=({24 * (i + 1)},{16 * (i + 1)})" for i in range(6)]
+    arguments = ["--tta", "--work-dir", str(tmp_path)]
+    metrics = evaluate([SEGMENTOR, str(run / "iter_2.pth"), *arguments, "--cfg-options", *options, *scales])
+    assert 0 <= metrics["mIoU"] <= 100
+
+
+def test_resume_goes_on_where_the_run_stopped(segmentor, tmp_path):
+    options, run = segmentor
+    more = ["train_cfg.max_iters=3", "train_cfg.val_interval=3", "default_hooks.checkpoint.interval=3"]
+    arguments = ["--resume", str(run / "iter_2.pth"), "--work-dir", str(tmp_path)]
+    train([SEGMENTOR, *arguments, "--cfg-options", *options, *more])
+    assert [line["step"] for line in scalars(tmp_path) if "loss" in line] == [3]
+    files = (run / "iter_2.pth", tmp_path / "iter_3.pth")
+    assert [read_checkpoint(str(file))["optimizer"]["state"][0]["step"] for file in files] == [2, 3]
+
+
+@pytest.mark.slow
+def test_a_seed_repeats_a_run(segmentor, tmp_path):
+    options, run = segmentor
+    train([SEGMENTOR, "--work-dir", str(tmp_path), "--seed", "3", "--cfg-options", *options])
+    losses = [[line["loss"] for line in scalars(folder) if "loss" in line] for folder in (run, tmp_path)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_options_reach_the_config(tmp_path, capsys):
+    options = ade_options(write_ade(tmp_path / "ade"), iterations=1)
+    arguments = ["--amp", "--auto-scale-lr", "--work-dir", str(tmp_path / "run")]
+    train([SEGMENTOR, *arguments, "--cfg-options", *options, "auto_scale_lr.base_batch_size=4"])
+    assert "AmpOptimWrapper is replaced by OptimWrapper" in capsys.readouterr().out
+    last = [line for line in scalars(tmp_path / "run") if "loss" in line][-1]
+    # Two images a step where the learning rate is for four: half of it, times the first factor of the warm-up.
+    assert last["lr"] == pytest.approx(6e-5 / 2 * 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no/such/config.py"], "no config 'no/such/config.py'"),
+        (["mmdet::mask_rcnn/mask-rcnn_r51_fpn_1x_coco.py"], "mask-rcnn_r50_fpn_1x_coco.py"),
+        (["mmpose::x/y.py"], "unknown library 'mmpose'"),
+        ([DETECTOR, "--cfg-options", "train_dataloder.batch_size=1"], "Did you mean 'train_dataloader'?"),
+        ([DETECTOR, "--cfg-options", "model.backbone.arch=tinny"], "arch='tinny'"),
+        ([DETECTOR, "--launcher", "pytorch"], "one process per GPU"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, capsys):
+    if torch.cuda.is_available() and "--launcher" in arguments:
+        pytest.skip("this machine has a GPU to launch on")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        train(arguments)
+    printed = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2
+    assert printed[-2].startswith("train.py: error: ")
+    assert message in printed[-2]
+    assert list(tmp_path.iterdir()) == []  # nothing is written before the checks have passed
+
+
+def test_the_traceback_is_there_on_demand(monkeypatch):
+    monkeypatch.setenv("NAT_DENSE_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        train(["no/such/config.py"])
