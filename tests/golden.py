@@ -73,10 +73,23 @@ def factory(family: str, kwargs: dict) -> torch.nn.Module:
     return getattr(models, FAMILIES[family])(**fields)
 
 
-def operator(query, key, value, kernel_size, dilation, rpb):
-    """`na2d` in the golden cases' layout, [B, heads, H, W, dim] with a scaled query."""
-    swapped = (t.permute(0, 2, 3, 1, 4) for t in (query, key, value))
-    return na2d(*swapped, kernel_size, dilation, rpb, scale=1.0).permute(0, 3, 1, 2, 4)
+def operator_errors(name: str, backend: str) -> dict[str, float]:
+    """Errors of a back end in an operator case: output and gradients in float64, `na2d`'s layout made the case's."""
+    meta, expected = load(name)
+    shape = tuple(meta[n] for n in ("B", "heads", "H", "W", "dim"))
+    kernel, dilation = (tuple(v) if isinstance(v, list) else v for v in (meta["kernel_size"], meta["dilation"]))
+    kh, kw = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+    prefix = f"op:{meta['id']}:"
+    inputs = [tensor(prefix + "q", shape, shape[-1] ** -0.5), *(tensor(prefix + n, shape) for n in "kv")]
+    inputs.append(tensor(prefix + "rpb", (shape[1], 2 * kh - 1, 2 * kw - 1), 0.5))
+    leaves = [t.double().requires_grad_() for t in inputs]
+    tokens = (t.permute(0, 2, 3, 1, 4) for t in leaves[:3])  # [B, heads, H, W, dim], the query scaled already
+    out = na2d(*tokens, kernel, dilation, leaves[3], scale=1.0, backend=backend).permute(0, 3, 1, 2, 4)
+    gradients = torch.autograd.grad(out, leaves, tensor(prefix + "g", shape).double())
+    return {
+        key: error(t, expected[key])
+        for key, t in zip(("out", "dq", "dk", "dv", "drpb"), (out, *gradients), strict=True)
+    }
 
 
 def error(found: torch.Tensor, expected: np.ndarray) -> float:

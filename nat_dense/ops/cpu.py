@@ -71,7 +71,9 @@ def forward(
     variant: str = "",
 ) -> tuple[Tensor, Tensor]:
     """As `reference.forward`, with the instruction set of `variant`."""
-    return torch.ops.nat_dense_cpu.forward(query, key, value, rpb, pad_key, pad_value, kernel_size, dilation, scale, variant)
+    return torch.ops.nat_dense_cpu.forward(
+        query, key, value, rpb, pad_key, pad_value, kernel_size, dilation, scale, variant
+    )
 
 
 def backward(

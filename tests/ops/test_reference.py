@@ -73,19 +73,8 @@ def test_gradients_equal_those_of_autograd(case):
 
 @pytest.mark.parametrize("name", ["op_a3", "op_a9"])
 def test_reference_equals_the_original_kernels(name):
-    meta, expected = golden.load(name)
-    shape = tuple(meta[n] for n in ("B", "heads", "H", "W", "dim"))
-    kernel, dilation = (tuple(v) if isinstance(v, list) else v for v in (meta["kernel_size"], meta["dilation"]))
-    kh, kw = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-    prefix = f"op:{meta['id']}:"
-    inputs = [golden.tensor(prefix + "q", shape, shape[-1] ** -0.5)]
-    inputs += [golden.tensor(prefix + n, shape) for n in "kv"]
-    inputs += [golden.tensor(prefix + "rpb", (shape[1], 2 * kh - 1, 2 * kw - 1), 0.5)]
-    inputs = [t.double().requires_grad_() for t in inputs]
-    out = golden.operator(*inputs[:3], kernel, dilation, inputs[3])
-    gradients = torch.autograd.grad(out, inputs, golden.tensor(prefix + "g", shape).double())
-    for key, found in zip(("out", "dq", "dk", "dv", "drpb"), (out, *gradients), strict=True):
-        assert golden.error(found, expected[key]) < 1e-12, key
+    for output, error in golden.operator_errors(name, "reference").items():
+        assert error < 1e-12, output
 
 
 def test_chunks_bound_the_memory(monkeypatch):

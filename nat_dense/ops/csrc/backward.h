@@ -138,12 +138,14 @@ class Backward {
     const PadWindow<V> pads{tile, call_.rows.kernel, call_.columns.kernel, block.limit(r)};
     if (call_.pad_key) fill_pads(block, pads, r, weight, grad);
     const V lse = load_lse(block, segment, tile, r);
-    V delta = V::zero();
+    V total = V::zero(), delta = V::zero();
     for (int64_t i = 0; i < window_; ++i) {
       const V p = exp2(V::load(weight + i * step) - lse);
       p.store(weight + i * step);
+      total = total + p;
       delta = fma(p, V::load(grad + i * step), delta);
     }
+    delta = delta * reciprocal(total);  // 1 but for the rounding of lse, which would not cancel below
     for (int64_t i = 0; i < window_; ++i) {
       (V::load(weight + i * step) * (V::load(grad + i * step) - delta)).store(grad + i * step);
     }

@@ -102,13 +102,6 @@ class Forward {
     }
   }
 
-  static V reciprocal(V x) {
-    T lanes[V::kLanes];
-    x.store(lanes);
-    for (int i = 0; i < V::kLanes; ++i) lanes[i] = T(1) / lanes[i];
-    return V::load(lanes);
-  }
-
   void store_lse(int64_t token_row, const int64_t* columns, int count, V lse) {
     T lanes[V::kLanes];
     lse.store(lanes);

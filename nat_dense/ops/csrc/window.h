@@ -126,6 +126,14 @@ struct PadWindow {
   }
 };
 
+template <class V>
+V reciprocal(V x) {
+  typename V::scalar lanes[V::kLanes];
+  x.store(lanes);
+  for (int i = 0; i < V::kLanes; ++i) lanes[i] = 1 / lanes[i];
+  return V::load(lanes);
+}
+
 // Sum over channels of x[d][lanes] * y[d].
 template <class V>
 V dot_with_one(const typename V::scalar* x, int64_t x_step, const typename V::scalar* y, int64_t dim) {
