@@ -91,7 +91,7 @@ def test_missing_and_broken_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint 'nowhere.pth'"):
         read_checkpoint("nowhere.pth")
     (tmp_path / "empty.pth").write_bytes(b"")
-    with pytest.raises(ValueError, match="empty.pth"):
+    with pytest.raises(ValueError, match=r"empty\.pth"):
         read_checkpoint(str(tmp_path / "empty.pth"))
     torch.save([1], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="holds a list"):

@@ -82,5 +82,5 @@ def test_a_missing_config_suggests_its_neighbours():
 def test_options_are_merged_and_misspelt_ones_refused():
     cfg = load_config(DETECTOR, {"train_cfg.max_epochs": 1, "model.backbone.frozen_stages": 0, "randomness.seed": 5})
     assert (cfg.train_cfg.max_epochs, cfg.model.backbone.frozen_stages, cfg.randomness.seed) == (1, 0, 5)
-    with pytest.raises(ValueError, match="no key 'optim_wraper'. Did you mean 'optim_wrapper'"):
+    with pytest.raises(ValueError, match=r"no key 'optim_wraper'\. Did you mean 'optim_wrapper'"):
         load_config(DETECTOR, {"optim_wraper.type": "OptimWrapper"})

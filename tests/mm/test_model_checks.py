@@ -39,22 +39,22 @@ def segmentor(*options: str):
     ],
 )
 def test_wrong_fields(option, expected):
-    with pytest.raises(ValueError, match=".") as raised:
+    with pytest.raises(ValueError, match=r".") as raised:
         check_model(detector(option))
     assert expected in str(raised.value)
 
 
 def test_head_that_does_not_fit_its_map():
-    with pytest.raises(ValueError, match="auxiliary_head.in_channels is 256"):
+    with pytest.raises(ValueError, match=r"auxiliary_head.in_channels is 256"):
         check_model(segmentor("model.auxiliary_head.in_channels=256"))
-    with pytest.raises(ValueError, match="auxiliary_head.in_index is 4"):
+    with pytest.raises(ValueError, match=r"auxiliary_head.in_index is 4"):
         check_model(segmentor("model.auxiliary_head.in_index=4"))
 
 
 def test_missing_initial_weights():
     cfg = detector()
     cfg.model.backbone.init_cfg = dict(type="Pretrained", checkpoint="nowhere.pth")
-    with pytest.raises(FileNotFoundError, match="model.backbone.init_cfg.checkpoint: no file 'nowhere.pth'"):
+    with pytest.raises(FileNotFoundError, match=r"model.backbone.init_cfg.checkpoint: no file 'nowhere.pth'"):
         check_model(cfg)
 
 
