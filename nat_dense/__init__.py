@@ -11,6 +11,7 @@ from nat_dense.version import __version__
 __all__ = ["__version__"]
 
 if find_spec("mmengine") is not None:
+    from nat_dense.mm import analysis  # noqa: F401  (tells mmengine's analysis what the operator costs)
     from nat_dense.models import NAT, DiNAT, DiNAT_s
 
     __all__ += ["NAT", "DiNAT", "DiNAT_s"]

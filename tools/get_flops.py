@@ -1,0 +1,47 @@
+"""Parameters and multiply-adds of a config's model, part by part, with attention counted exactly.
+
+python tools/get_flops.py configs/mask_rcnn/mask-rcnn_nat-tiny_fpn_8xb2-amp-ms-crop-3x_coco.py --shape 800 1280
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmengine.config import DictAction
+from rich.console import Console
+
+from nat_dense.mm.config import load_config
+from nat_dense.mm.errors import one_line_errors
+from nat_dense.mm.flops import count_config
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a config file, or mmdet::FOLDER/NAME.py, mmseg::FOLDER/NAME.py")
+    parser.add_argument(
+        "--shape",
+        nargs=2,
+        type=int,
+        required=True,
+        metavar=("H", "W"),
+        help="height and width in pixels of the image that reaches the backbone (800 1280 and 512 2048 are customary)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write exact numbers, by part and kind of operation")
+    parser.add_argument(
+        "--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help="changes to the config"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    with one_line_errors("get_flops.py"):
+        cost = count_config(load_config(args.config, args.cfg_options), *args.shape)
+        if args.json:
+            Path(args.json).write_text(json.dumps({"config": args.config, **cost.as_dict()}, indent=2) + "\n")
+    Console().print(cost.as_table())
+
+
+if __name__ == "__main__":
+    main()
