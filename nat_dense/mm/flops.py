@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -163,6 +164,8 @@ def _check_parts(model: nn.Module) -> None:
     kind = type(roi_head).__name__
     if roi_head is not None and kind not in ROI_HEADS:
         raise ValueError(f"roi_head is a {kind}; the RoI heads that can be counted are {', '.join(ROI_HEADS)}")
+    if roi_head is not None and getattr(model, "rpn_head", None) is None:
+        raise ValueError(f"{type(model).__name__} has no rpn_head, so the number of its RoIs is not known")
     unknown = [name for name in _weighty(model) if name not in _KNOWN_PARTS]
     if roi_head is not None:
         unknown += [f"roi_head.{name}" for name in _weighty(roi_head) if name not in ("bbox_head", "mask_head")]
@@ -179,7 +182,7 @@ def _weighty(model: nn.Module) -> list[str]:
     return [name for name, part in model.named_children() if _parameters(part)]
 
 
-def _parts(model: nn.Module, height: int, width: int) -> Iterator[Part]:
+def _parts(model: Any, height: int, width: int) -> Iterator[Part]:
     mean = getattr(getattr(model, "data_preprocessor", None), "mean", None)
     channels = 3 if mean is None else mean.numel()
     image = torch.empty(1, channels, height, width, device="meta")
@@ -191,7 +194,7 @@ def _parts(model: nn.Module, height: int, width: int) -> Iterator[Part]:
     for name in _MAP_HEADS:
         head = getattr(model, name, None)
         if head is not None:
-            yield _count(name, head, lambda head=head: head(maps))[0]
+            yield _count(name, head, partial(head, maps))[0]
     if getattr(model, "roi_head", None) is not None:
         yield from _roi_parts(model.roi_head, model.test_cfg)
     if hasattr(model, "decode_head"):
@@ -200,7 +203,7 @@ def _parts(model: nn.Module, height: int, width: int) -> Iterator[Part]:
         yield Part("auxiliary_head", _parameters(model.auxiliary_head), note="training only")
 
 
-def _roi_parts(roi_head: nn.Module, test_cfg: Any) -> Iterator[Part]:
+def _roi_parts(roi_head: Any, test_cfg: Any) -> Iterator[Part]:
     """RoI heads on as many RoIs as the test configuration lets through at most.
 
     Every stage of a cascade sees every proposal, and every mask head every detection.
@@ -215,19 +218,21 @@ def _roi_parts(roi_head: nn.Module, test_cfg: Any) -> Iterator[Part]:
         extractors = getattr(roi_head, f"{kind}_roi_extractor")
         stages = list(zip(_as_list(extractors), _as_list(heads), strict=True))
 
-        def run(stages: list = stages, rois: int = rois) -> None:
-            for extractor, head in stages:
-                size = extractor.roi_layers[0].output_size
-                head(torch.empty(rois, extractor.out_channels, *size, device="meta"))
-
+        run = partial(_run_on_rois, stages, rois)
         yield _count(f"roi_head.{kind}_head", heads, run, note=f"{rois} {what}")[0]
 
 
-def _as_list(modules: nn.Module) -> list[nn.Module]:
+def _run_on_rois(stages: list[tuple[Any, Any]], rois: int) -> None:
+    for extractor, head in stages:
+        size = extractor.roi_layers[0].output_size
+        head(torch.empty(rois, extractor.out_channels, *size, device="meta"))
+
+
+def _as_list(modules: nn.Module) -> list[Any]:
     return list(modules) if isinstance(modules, nn.ModuleList) else [modules]
 
 
-def _segment(model: nn.Module, maps: tuple[Tensor, ...], height: int, width: int) -> Tensor:
+def _segment(model: Any, maps: tuple[Tensor, ...], height: int, width: int) -> Tensor:
     """The decode head as in inference: its logits are resized to the image. The heads of a cascade feed each other."""
     *first, last = _as_list(model.decode_head)
     inputs: tuple = (maps,)
@@ -240,7 +245,7 @@ def _count(name: str, module: nn.Module, run: Callable[[], Any], note: str = "")
     try:
         with OperationCounter() as counter:
             output = run()
-    except (NotImplementedError, RuntimeError, TypeError) as error:
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
         raise ValueError(f"{name} ({type(module).__name__}) can't be run on shapes alone: {error}") from error
     return Part(name, _parameters(module), dict(counter.counts), note), output
 
