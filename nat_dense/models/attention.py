@@ -75,30 +75,8 @@ class NeighborhoodAttention2D(nn.Module):
         """
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         query, key, value = qkv.unbind(3)  # [B, H, W, heads, head_dim]
-        out = self._attend(query, key, value, *self._padding(query))
-        return self.proj_drop(self.proj(out.flatten(-2)))
-
-    def _padding(self, query: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Key and value [heads, head_dim] of a padded token, None where the map needs no padding."""
-        size = (query.shape[1], query.shape[2])
-        if completed_size(size, (self.kernel_size,) * 2, (self.dilation,) * 2) == size:
-            return None, None
-        if self.qkv.bias is None:
-            zeros = query.new_zeros(query.shape[3:])
-            return zeros, zeros
-        _, key, value = self.qkv.bias.view(3, *query.shape[3:])
-        return key, value
-
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, pad_key: Tensor | None, pad_value: Tensor | None
-    ) -> Tensor:
-        if self.training and self.attn_drop > 0:
-            _warn_attention_dropout()
-            window = (self.kernel_size,) * 2, (self.dilation,) * 2
-            return reference.forward(
-                query, key, value, self.rpb, pad_key, pad_value, *window, self.scale, dropout=self.attn_drop
-            )[0]
-        return na2d(
+        _, key_bias, value_bias = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
+        out = attend(
             query,
             key,
             value,
@@ -106,14 +84,69 @@ class NeighborhoodAttention2D(nn.Module):
             self.dilation,
             self.rpb,
             self.scale,
-            pad_key=pad_key,
-            pad_value=pad_value,
+            key_bias=key_bias,
+            value_bias=value_bias,
+            dropout=self.attn_drop if self.training else 0.0,
             backend=self.backend,
         )
+        return self.proj_drop(self.proj(out.flatten(-2)))
 
     def extra_repr(self) -> str:
         names = ("num_heads", "kernel_size", "dilation", "backend")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int,
+    dilation: int,
+    rpb: Tensor | None,
+    scale: float,
+    *,
+    key_bias: Tensor | None,
+    value_bias: Tensor | None,
+    dropout: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """The operator on a map's projections, for maps of any size.
+
+    A map smaller than the dilated window counts as zero-padded before the projections: see
+    `NeighborhoodAttention2D.forward`.
+
+    Args:
+        query, key, value: [B, H, W, heads, head_dim].
+        kernel_size, dilation, rpb, scale, backend: As in `nat_dense.ops.na2d`.
+        key_bias, value_bias: [heads * head_dim], the projections' biases; None where they have none.
+        dropout: Probability of dropping an attention weight. Above 0 the reference runs.
+
+    Returns:
+        [B, H, W, heads, head_dim].
+    """
+    window = (kernel_size,) * 2, (dilation,) * 2
+    size = (query.shape[1], query.shape[2])
+    pad_key = pad_value = None
+    if completed_size(size, *window) != size:
+        pad_key, pad_value = (
+            query.new_zeros(query.shape[3:]) if bias is None else bias.view(query.shape[3:])
+            for bias in (key_bias, value_bias)
+        )
+    if dropout > 0:
+        _warn_attention_dropout()
+        return reference.forward(query, key, value, rpb, pad_key, pad_value, *window, scale, dropout=dropout)[0]
+    return na2d(
+        query,
+        key,
+        value,
+        kernel_size,
+        dilation,
+        rpb,
+        scale,
+        pad_key=pad_key,
+        pad_value=pad_value,
+        backend=backend,
+    )
 
 
 _warned = False

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nat_dense.models import variants
 from nat_dense.models.attention import NeighborhoodAttention2D
-from nat_dense.models.layers import DropPath, Mlp, in_runs
+from nat_dense.models.layers import DropPath, Mlp, in_runs, scaled
 
 Dilations = str | Sequence[Sequence[int]] | None
 
@@ -40,12 +40,8 @@ class Block(nn.Module):
         return in_runs(self._add_branches, x, self.attn(self.norm1(x)))
 
     def _add_branches(self, x: Tensor, attended: Tensor) -> Tensor:
-        x = x + self.drop_path(_scaled(attended, self.gamma1))
-        return x + self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma2))
-
-
-def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
-    return x if gamma is None else gamma * x
+        x = x + self.drop_path(scaled(attended, self.gamma1))
+        return x + self.drop_path(scaled(self.mlp(self.norm2(x)), self.gamma2))
 
 
 class Stage(nn.Module):

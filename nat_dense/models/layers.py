@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
 RUN_BYTES = 512 << 10
 """Tokens are taken in runs of about this many bytes, so that what a run makes of them stays in the CPU's cache."""
 
@@ -54,6 +53,14 @@ class Linear(nn.Linear):
         nn.init.trunc_normal_(self.weight, std=0.02)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+
+def scaled(x: Tensor, layer_scale: Tensor | None) -> Tensor:
+    """A residual branch [..., C] times its layer scale [C], where there is one.
+
+    Source: CaiT (arXiv:2103.17239) equation 4.
+    """
+    return x if layer_scale is None else layer_scale * x
 
 
 class DropPath(nn.Module):

@@ -85,6 +85,29 @@ def forward(
     return torch.cat(outs, dim=1), torch.cat(lses, dim=1)
 
 
+def attention_weights(
+    query: Tensor, key: Tensor, rpb: Tensor | None, kernel_size: Pair, dilation: Pair, scale: float
+) -> Tensor:
+    """The weights that `forward` gives the keys and doesn't keep: [B, H, W, N, K, L], in at least float32.
+
+    Args are those of `forward`; the map holds at least one dilated window an axis.
+    """
+    logits = [
+        _logits(query[:, chunk.rows], chunk.gather(key), rpb, chunk, scale)
+        for chunk in _chunks(query, kernel_size, dilation)
+    ]
+    return torch.cat(logits, dim=1).flatten(-2).softmax(dim=-1).unflatten(-1, kernel_size)
+
+
+def apply_weights(weights: Tensor, value: Tensor, kernel_size: Pair, dilation: Pair) -> Tensor:
+    """The values [B, H, W, N, D] summed with the weights that `attention_weights` returned, in the values' dtype."""
+    outs = [
+        torch.einsum("brwnkl,brkwlnd->brwnd", weights[:, chunk.rows], chunk.gather(value))
+        for chunk in _chunks(value, kernel_size, dilation)
+    ]
+    return torch.cat(outs, dim=1).to(value.dtype)
+
+
 def backward(
     grad_out: Tensor,
     query: Tensor,
