@@ -14,6 +14,7 @@ from nat_dense.ops import na2d
 
 DATA = Path(__file__).parent / "data" / "golden"
 FAMILIES = {"nat": "NAT", "dinats": "DiNAT_s", "nat_cls": "NATClassifier", "dinats_cls": "DiNATsClassifier"}
+HF_FAMILIES = {"hf_model": "NatModel", "hf_backbone": "NatBackbone", "hf_cls": "NatForImageClassification"}
 
 
 def load(case: str) -> tuple[dict, dict]:
@@ -64,7 +65,14 @@ def build(meta: dict) -> torch.nn.Module:
 
 
 def factory(family: str, kwargs: dict) -> torch.nn.Module:
-    """One of our models from the original's fields; KeyError for a family that we don't have."""
+    """One of our models from the original's fields; KeyError for a family that we don't have.
+
+    "hf_model", "hf_backbone" and "hf_cls" are those for transformers, from `NatConfig`'s fields.
+    """
+    if family in HF_FAMILIES:
+        from nat_dense import hf  # here, since transformers is optional
+
+        return getattr(hf, HF_FAMILIES[family])(hf.NatConfig(**kwargs))
     from nat_dense import models  # here, since the operator's tests run without mmengine
 
     fields = dict(kwargs)

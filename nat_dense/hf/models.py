@@ -1,0 +1,281 @@
+"""The models, with transformers' signatures, outputs and parameter names.
+
+Source: the contract is that of transformers 4.57.6, models/deprecated/nat and models/dinat; the architecture that of
+NAT (arXiv:2204.07143) and DiNAT (arXiv:2209.15001).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BackboneOutput
+
+from nat_dense.hf.configuration import DinatConfig, NatConfig
+from nat_dense.hf.layers import Embeddings, Encoder, Layer, PatchEmbeddings, SelfAttention
+from nat_dense.hf.outputs import NatImageClassifierOutput, NatModelOutput
+from nat_dense.hf.versions import BackboneMixin, init_backbone
+
+
+class _PreTrained(PreTrainedModel):
+    """Initial weights, and what transformers wants to know about a model."""
+
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """transformers calls this on modules whose weights no checkpoint gave."""
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, SelfAttention):
+            nn.init.zeros_(module.rpb)
+        elif isinstance(module, Layer) and module.layer_scale_parameters is not None:
+            nn.init.constant_(module.layer_scale_parameters, self.config.layer_scale_init_value)
+
+    def _wants(self, output_attentions: bool | None, output_hidden_states: bool | None) -> tuple[bool, bool]:
+        """What a call says, or else the configuration."""
+        config = self.config
+        return (
+            bool(config.output_attentions if output_attentions is None else output_attentions),
+            bool(config.output_hidden_states if output_hidden_states is None else output_hidden_states),
+        )
+
+
+class _Model(_PreTrained):
+    """The encoder with a final norm and, if wanted, the mean over its tokens.
+
+    Args:
+        config: The fields.
+        add_pooling_layer: Whether `pooler_output` is computed.
+
+    Raises:
+        ValueError: Fields of `config` are out of range or disagree.
+    """
+
+    def __init__(self, config: PretrainedConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        self.num_levels = len(config.depths)
+        self.num_features = config.hidden_size
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.layernorm = nn.LayerNorm(self.num_features, eps=config.layer_norm_eps)
+        self.pooler = nn.AdaptiveAvgPool1d(1) if add_pooling_layer else None
+        self.post_init()
+
+    def get_input_embeddings(self) -> PatchEmbeddings:
+        return self.embeddings.patch_embeddings
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> tuple | NatModelOutput:
+        """Features of images.
+
+        Args:
+            pixel_values: [B, num_channels, H, W], any H, W >= 1.
+            output_attentions: Whether to return attention weights, which the slow reference operator computes.
+            output_hidden_states: Whether to return the maps of all stages.
+            return_dict: False for a tuple instead.
+
+        Raises:
+            ValueError: No image, or one with another number of channels.
+        """
+        output_attentions, output_hidden_states = self._wants(output_attentions, output_hidden_states)
+        tokens = self.embeddings(_given(pixel_values))
+        hidden_states, attentions = [tokens], []
+        for outputs in self.encoder(tokens, output_attentions):
+            tokens = outputs[0]
+            hidden_states.append(tokens)
+            attentions.append(outputs[2])
+        tokens = self.layernorm(tokens)
+        output = NatModelOutput(
+            last_hidden_state=tokens,
+            pooler_output=None if self.pooler is None else tokens.mean(dim=(1, 2)),
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            reshaped_hidden_states=_channels_first(hidden_states) if output_hidden_states else None,
+        )
+        if self.config.return_dict if return_dict is None else return_dict:
+            return output
+        return (tokens, output.pooler_output, *_present(output.hidden_states, output.attentions))
+
+
+class _ForImageClassification(_PreTrained):
+    """The model with a linear classifier.
+
+    Args:
+        config: The fields; `num_labels=0` leaves the classifier out.
+    """
+
+    model_class: ClassVar[type[_Model]]
+
+    def __init__(self, config: PretrainedConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        model = self.model_class(config)
+        setattr(self, self.base_model_prefix, model)
+        labels = config.num_labels
+        self.classifier = nn.Linear(model.num_features, labels) if labels > 0 else nn.Identity()
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> tuple | NatImageClassifierOutput:
+        """Logits of images, and the loss where labels are given.
+
+        Args:
+            pixel_values: [B, num_channels, H, W].
+            labels: int64 [B] for cross entropy; float [B] (`num_labels` 1) for a mean squared error; float
+                [B, num_labels] for a binary cross entropy per label.
+            output_attentions, output_hidden_states, return_dict: As in the bare model.
+
+        Raises:
+            ValueError: No image, or one with another number of channels.
+        """
+        features = self.base_model(pixel_values, output_attentions, output_hidden_states, return_dict=True)
+        logits = self.classifier(features.pooler_output)
+        output = NatImageClassifierOutput(
+            loss=None if labels is None else self.loss_function(labels, logits, self.config),
+            logits=logits,
+            hidden_states=features.hidden_states,
+            attentions=features.attentions,
+            reshaped_hidden_states=features.reshaped_hidden_states,
+        )
+        if self.config.return_dict if return_dict is None else return_dict:
+            return output
+        return (*_present(output.loss), logits, *_present(output.hidden_states, output.attentions))
+
+
+class _Backbone(BackboneMixin, _PreTrained):
+    """Maps of several stages, each with a norm of its own, for transformers' dense models.
+
+    Args:
+        config: The fields; `out_features` or `out_indices` name the maps.
+    """
+
+    def __init__(self, config: PretrainedConfig):
+        super().__init__(config)
+        init_backbone(self, config)
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.num_features = [config.embed_dim, *(config.embed_dim * 2**i for i in range(len(config.depths)))]
+        self.hidden_states_norms = nn.ModuleDict(
+            {stage: nn.LayerNorm(dim) for stage, dim in zip(self.out_features, self.channels, strict=True)}
+        )
+        self.post_init()
+
+    def get_input_embeddings(self) -> PatchEmbeddings:
+        return self.embeddings.patch_embeddings
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> tuple | BackboneOutput:
+        """Maps of images.
+
+        Args:
+            pixel_values: [B, num_channels, H, W].
+            output_hidden_states, output_attentions, return_dict: As in the bare model, in another order, as
+                transformers has it. A tuple has no attentions.
+
+        Returns:
+            `feature_maps`, contiguous [B, C_i, H_i, W_i]; `hidden_states` are [B, H_i, W_i, C_i], before norm and
+            downsampler; `attentions` as in the bare model.
+
+        Raises:
+            ValueError: No image, or one with another number of channels.
+        """
+        output_attentions, output_hidden_states = self._wants(output_attentions, output_hidden_states)
+        tokens = self.embeddings(_given(pixel_values))
+        hidden_states, attentions = [tokens], []
+        for outputs in self.encoder(tokens, output_attentions):
+            hidden_states.append(outputs[1])
+            attentions.append(outputs[2])
+        maps = dict(zip(self.stage_names, hidden_states, strict=True))
+        output = BackboneOutput(
+            feature_maps=tuple(
+                self.hidden_states_norms[stage](maps[stage]).permute(0, 3, 1, 2).contiguous()
+                for stage in self.out_features
+            ),
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+        if self.config.return_dict if return_dict is None else return_dict:
+            return output
+        return (output.feature_maps, *_present(output.hidden_states))
+
+
+class NatModel(_Model):
+    """The bare NAT. See `_Model`."""
+
+    config_class = NatConfig
+    base_model_prefix = "nat"
+
+
+class NatForImageClassification(_ForImageClassification):
+    """NAT with a classifier. See `_ForImageClassification`."""
+
+    config_class = NatConfig
+    base_model_prefix = "nat"
+    model_class = NatModel
+
+
+class NatBackbone(_Backbone):
+    """NAT for dense models. See `_Backbone`."""
+
+    config_class = NatConfig
+    base_model_prefix = "nat"
+
+
+class DinatModel(_Model):
+    """The bare DiNAT. See `_Model`."""
+
+    config_class = DinatConfig
+    base_model_prefix = "dinat"
+
+
+class DinatForImageClassification(_ForImageClassification):
+    """DiNAT with a classifier. See `_ForImageClassification`."""
+
+    config_class = DinatConfig
+    base_model_prefix = "dinat"
+    model_class = DinatModel
+
+
+class DinatBackbone(_Backbone):
+    """DiNAT for dense models. See `_Backbone`."""
+
+    config_class = DinatConfig
+    base_model_prefix = "dinat"
+
+
+def _given(pixel_values: Tensor | None) -> Tensor:
+    if pixel_values is None:
+        raise ValueError("You have to specify pixel_values: a tensor [batch, num_channels, height, width]")
+    return pixel_values
+
+
+def _channels_first(maps: list[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(tokens.permute(0, 3, 1, 2) for tokens in maps)
+
+
+def _present(*values: Any) -> tuple:
+    return tuple(value for value in values if value is not None)

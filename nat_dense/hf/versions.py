@@ -1,0 +1,35 @@
+"""What differs between transformers 4.57 and 5, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PretrainedConfig
+
+try:
+    from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
+except ImportError:  # before 5.0
+    from transformers.utils.backbone_utils import BackboneConfigMixin, BackboneMixin
+
+__all__ = ["BackboneConfigMixin", "BackboneMixin", "init_backbone", "set_outputs"]
+
+
+def set_outputs(config: Any, out_features: list[str] | None, out_indices: Sequence[int] | None) -> None:
+    """Sets the output stages of a configuration that has its `stage_names`.
+
+    Raises:
+        ValueError: They name no stages, not in order, or not the same.
+    """
+    if hasattr(config, "set_output_features_output_indices"):
+        config.set_output_features_output_indices(out_features, out_indices)
+        return
+    from transformers.utils.backbone_utils import get_aligned_output_features_output_indices as aligned
+
+    config._out_features, config._out_indices = aligned(out_features, out_indices, config.stage_names)
+
+
+def init_backbone(backbone: Any, config: PretrainedConfig) -> None:
+    """What `BackboneMixin` does in its constructor from 5.0 on, and had to be called for before."""
+    if hasattr(backbone, "_init_backbone"):
+        backbone._init_backbone(config)
