@@ -1,8 +1,8 @@
 """Draws one labelled picture: textured ground, things of six shapes, and others that belong to no class.
 
-The outline alone tells the class. Colours and textures of things, of other marks and of the ground come from the same
-distributions, so neither gives a class away; sizes, angles, proportions, contrast, light and noise vary, and
-things cover one another.
+The outline alone tells the class. Things of all classes and clutter, which is of none, get their colours and textures
+from one distribution, so neither gives a class away; the ground is of a muted tone that things may have as
+well. Sizes, angles, proportions, contrast, light and noise vary, and things cover one another.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ CLASSES = ("disc", "square", "triangle", "star", "cross", "ring")
 CLUTTER = ("blob", "stick", "corner", "half disc", "arc")
 TEXTURES = ("plain", "stripes", "checks", "dots", "clouds", "gradient")
 
-SCALE = (0.11, 0.48)  # diameter of a thing as a fraction of the picture's side, log-uniform
+SCALE = (0.15, 0.55)  # diameter of a thing as a fraction of the picture's side, log-uniform
 THINGS = (3, 8)  # per picture; one that finds no place is left out
 MIN_VISIBLE = 0.35  # no thing is covered more than this leaves open
 GATHERING = 0.4  # share of things that are put beside another one, so that they touch or overlap
-MIN_CONTRAST = (9.0, 45.0)  # the least CIELAB distance of a thing from what it lies on is drawn from this range
-FAINT = 0.3  # share of things that have just that least contrast
+MIN_CONTRAST = (12.0, 60.0)  # the least CIELAB distance of a thing from what it lies on is drawn from this range
+DIFFERENCE = (0.05, 0.4)  # between the two colours of a texture, 1 being black to white
+GROUND_DIFFERENCE = (0.0, 0.2)
+FAINT = 0.2  # share of things that have just that least contrast
 CROWD_PROBABILITY = 0.12  # of a swarm of tiny things, labelled as one crowd
 SUPERSAMPLING = 4
 NOBODY = -1
@@ -63,13 +65,13 @@ class Scene:
 def draw_scene(rng: np.random.Generator, size: int) -> Scene:
     """Draws a picture of `size` x `size` pixels; the generator's state alone decides what it shows."""
     canvas = _Canvas(rng, size)
-    for _ in range(rng.integers(1, 4)):
+    for _ in range(rng.integers(0, 3)):
         canvas.add_clutter(SCALE)
     if rng.random() < CROWD_PROBABILITY:
         canvas.add_crowd()
     for _ in range(rng.integers(THINGS[0], THINGS[1] + 1)):
         canvas.add_thing()
-    for _ in range(rng.integers(0, 3)):
+    for _ in range(rng.integers(0, 2)):
         canvas.add_clutter((SCALE[0], 0.25))
     return Scene(canvas.photograph(), canvas.things())
 
@@ -80,7 +82,8 @@ class _Canvas:
     def __init__(self, rng: np.random.Generator, size: int) -> None:
         self.rng = rng
         self.size = size
-        self.image = _texture(rng, size, size, _colour(rng))  # [H, W, 3], float32 BGR in 0..1
+        ground = _texture(rng, size, size, _ground_colour(rng), GROUND_DIFFERENCE)
+        self.image = ground  # [H, W, 3], float32 BGR in 0..1
         self.owner = np.full((size, size), NOBODY)
         self.categories: list[int] = []
         self.crowds: list[bool] = []
@@ -137,7 +140,7 @@ class _Canvas:
         light = 1 + rng.uniform(0, 0.5) * (x * math.cos(angle) + y * math.sin(angle))
         image = self.image * light[..., None]
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.2, 0.9))
-        image += rng.normal(0, rng.uniform(0.01, 0.05), image.shape).astype(np.float32)
+        image += rng.normal(0, rng.uniform(0.005, 0.04), image.shape).astype(np.float32)
         return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
     def _position(self, diameter: float) -> np.ndarray:
@@ -171,7 +174,7 @@ class _Canvas:
             return
         below = self.image[patch.rows, patch.columns]
         colour = _colour_unlike(self.rng, below[patch.solid].mean(axis=0))
-        texture = _texture(self.rng, *patch.solid.shape, colour)
+        texture = _texture(self.rng, *patch.solid.shape, colour, DIFFERENCE)
         self.image[patch.rows, patch.columns] = below + patch.alpha[..., None] * (texture - below)
         self.owner[patch.rows, patch.columns][patch.solid] = identity
 
@@ -251,8 +254,9 @@ def _placed(rng: np.random.Generator, outline: Outline, diameter: float) -> Outl
     return [loop @ (turn @ stretch) * (diameter / 2) for loop in outline]
 
 
-def _colour(rng: np.random.Generator) -> np.ndarray:
-    return rng.uniform(0.05, 0.95, 3).astype(np.float32)
+def _ground_colour(rng: np.random.Generator) -> np.ndarray:
+    """Of a muted tone; things and clutter may have any, this one too."""
+    return (rng.uniform(0.2, 0.8) + rng.uniform(-0.15, 0.15, 3)).astype(np.float32)
 
 
 def _colour_unlike(rng: np.random.Generator, other: np.ndarray) -> np.ndarray:
@@ -271,12 +275,14 @@ def lab(colours: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(np.ascontiguousarray(colours, np.float32)[None], cv2.COLOR_BGR2Lab)[0]
 
 
-def _texture(rng: np.random.Generator, height: int, width: int, colour: np.ndarray) -> np.ndarray:
+def _texture(
+    rng: np.random.Generator, height: int, width: int, colour: np.ndarray, difference: tuple[float, float]
+) -> np.ndarray:
     """[height, width, 3], float32: a pattern of two colours whose mean is about `colour`."""
     kind = TEXTURES[rng.integers(len(TEXTURES))]
     pattern = _pattern(rng, kind, height, width)  # [height, width], -0.5..0.5
-    difference = rng.uniform(-1, 1, 3).astype(np.float32) * rng.uniform(0.1, 0.5)
-    return np.clip(colour + pattern[..., None].astype(np.float32) * difference, 0, 1)
+    other = rng.uniform(-1, 1, 3).astype(np.float32) * rng.uniform(*difference)
+    return np.clip(colour + pattern[..., None].astype(np.float32) * other, 0, 1)
 
 
 def _pattern(rng: np.random.Generator, kind: str, height: int, width: int) -> np.ndarray:

@@ -20,16 +20,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
-from rich.progress import track
 
 from nat_dense.datasets.outlines import mask_to_box, mask_to_polygons, mask_to_rle
 from nat_dense.datasets.scene import CLASSES, Scene, Thing, draw_scene
+from nat_dense.progress import progress
 
 VERSION = 1  # raised whenever the same options give other bytes
 SPLITS = ("training", "validation")
@@ -53,7 +52,7 @@ class ShapesOptions:
 
     train: int = 1600
     val: int = 200
-    size: int = 160
+    size: int = 128
     seed: int = 0
     version: int = VERSION
 
@@ -145,7 +144,7 @@ def _write_split(root: Path, split: str, count: int, options: ShapesOptions) -> 
         "images": [],
         "annotations": [],
     }
-    for index in _with_progress(range(count), f"Drawing {split} pictures"):
+    for index in progress(range(count), f"Drawing {split} pictures", count):
         rng = np.random.default_rng([options.seed, SPLITS.index(split), index])
         scene = draw_scene(rng, options.size)
         name = f"{split}_{index:05d}"
@@ -157,10 +156,6 @@ def _write_split(root: Path, split: str, count: int, options: ShapesOptions) -> 
         for thing in scene.things:
             coco["annotations"].append(coco_annotation(thing, len(coco["annotations"]) + 1, index + 1))
     _write_json(root / "annotations" / f"instances_{split}.json", coco)
-
-
-def _with_progress(items: range, what: str) -> Iterable[int]:
-    return track(items, description=what) if len(items) > 50 else items
 
 
 def _write_image(path: Path, image: np.ndarray, flags: list[int]) -> None:

@@ -1,0 +1,14 @@
+_base_ = "mask-rcnn_nat-nano_fpn_1xb8_shapes.py"
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type="SwinTransformer",
+        embed_dims=32,
+        depths=[2, 2, 4, 2],
+        num_heads=[1, 2, 4, 8],
+        window_size=5,
+        mlp_ratio=4,
+        drop_path_rate=0.0,
+        out_indices=(0, 1, 2, 3),
+    )
+)

@@ -1,0 +1,13 @@
+_base_ = "nat-nano_upernet_1xb8_shapes.py"
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type="ResNet",
+        depth=18,
+        base_channels=32,
+        stem_channels=32,
+        out_indices=(0, 1, 2, 3),
+        norm_cfg=dict(type="BN", requires_grad=True),
+        norm_eval=False,
+    )
+)

@@ -1,0 +1,42 @@
+"""Trains a small NAT Mask R-CNN and a small NAT UPerNet on generated pictures and shows what they see.
+
+python tools/quickstart.py
+
+leaves checkpoints, logs, curves, pictures and report.html in work_dirs/quickstart. Run again, it uses what is finished
+and goes on with what is not; what was made with other settings is kept under another name.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from nat_dense.datasets.shapes import ShapesOptions
+from nat_dense.mm.errors import one_line_errors
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    defaults = ShapesOptions()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/quickstart"), help="where everything goes")
+    parser.add_argument("--data", type=Path, default=Path("data/shapes"), help="where the pictures are, or will be")
+    parser.add_argument("--train", type=int, default=defaults.train, help="training pictures")
+    parser.add_argument("--val", type=int, default=defaults.val, help="validation pictures")
+    parser.add_argument("--size", type=int, default=defaults.size, help="side of a picture in pixels")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the pictures")
+    parser.add_argument("--budget", type=float, default=1.0, help="length of the trainings, relative to the configs")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    print("Loading PyTorch, MMDetection and MMSegmentation (about ten seconds)", flush=True)
+    with one_line_errors("quickstart.py"):
+        from nat_dense.quickstart import prepare, run
+
+        options = ShapesOptions(args.train, args.val, args.size)
+        configs = prepare(args.data, options, args.seed, args.budget)
+    run(args.work_dir, configs, options)
+
+
+if __name__ == "__main__":
+    main()
