@@ -124,35 +124,65 @@ def read(path: str | Path, *, trust: bool = False, sha256: str | None = None, en
         check_sha256(path, sha256)
     if path.name.endswith(".index.json"):
         return _read_shards(path, trust)
-    container = _container(path)
-    if container == "safetensors":
-        return Checkpoint(path, container, _read_safetensors(path))
+    if is_safetensors(path):
+        return Checkpoint(path, "safetensors", _read_safetensors(path))
     return _weights_of(path, read_torch(path, trust=trust), entry)
 
 
-def read_torch(path: str | Path, *, trust: bool = False, admit: Iterable[tuple[Callable, str]] = ()) -> Any:
+def read_torch(
+    path: str | Path,
+    *,
+    trust: bool = False,
+    admit: Iterable[tuple[Callable, str]] = (),
+    map_location: Any = "cpu",
+    mapped: bool = True,
+) -> Any:
     """Whatever a PyTorch file holds, as data.
 
     Args:
         path: A file written by `torch.save`.
         trust: As in `read`.
         admit: (what to use, its name in the file) in addition to `STAND_INS` or instead of theirs.
+        map_location: As in `torch.load`.
+        mapped: Whether tensors may be mapped from the file, which must then not be written to while they live.
 
     Raises:
         ValueError: The file is damaged, or needs code to be run.
     """
     path = Path(path)
     # torch.load goes by the name where it gets one, and maps only files that it gets by name.
-    mapped = _is_zip(path) and path.suffix != ".safetensors"
+    mapped = mapped and _is_zip(path) and path.suffix != ".safetensors"
     with _only_admitting(*STAND_INS, *admit), path.open("rb") as file:
         try:
             source = path if mapped else file
-            return torch.load(source, map_location="cpu", weights_only=not trust, mmap=mapped)
+            return torch.load(source, map_location=map_location, weights_only=not trust, mmap=mapped)
         except UnpicklingError as error:
             raise ValueError(_refusal(path, str(error))) from error
         except Exception as error:
             reason = " ".join(str(error).split()).split(". ")[0] or type(error).__name__
             raise ValueError(f"{path} is damaged or not a PyTorch checkpoint: {reason}") from error
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is safetensors, or else a PyTorch file, by its first bytes.
+
+    Raises:
+        ValueError: It is neither; the message says what it looks like.
+    """
+    with path.open("rb") as file:
+        head = file.read(64)
+    if not head:
+        raise ValueError(f"{path} is empty; the download or copy was interrupted")
+    pickled = head.startswith((b"PK\x03\x04", b"\x80"))
+    # A header may be 128 bytes long, and begin like a pickle.
+    if head[8:9] == b"{" and (not pickled or int.from_bytes(head[:8], "little") <= path.stat().st_size):
+        return True
+    if pickled:
+        return False
+    for magic, meaning in _MAGIC:
+        if head.lstrip().startswith(magic):
+            raise ValueError(f"{path} is not a checkpoint but {meaning}")
+    raise ValueError(f"{path} is neither a PyTorch nor a safetensors file (it starts with {head[:8]!r})")
 
 
 def check_sha256(path: Path, expected: str) -> None:
@@ -191,21 +221,6 @@ def _find_file(path: Path) -> Path:
     return path
 
 
-def _container(path: Path) -> str:
-    with path.open("rb") as file:
-        head = file.read(64)
-    if not head:
-        raise ValueError(f"{path} is empty; the download or copy was interrupted")
-    if head.startswith((b"PK\x03\x04", b"\x80")):
-        return "torch"
-    if len(head) > 8 and head[8:9] == b"{":
-        return "safetensors"
-    for magic, meaning in _MAGIC:
-        if head.lstrip().startswith(magic):
-            raise ValueError(f"{path} is not a checkpoint but {meaning}")
-    raise ValueError(f"{path} is neither a PyTorch nor a safetensors file (it starts with {head[:8]!r})")
-
-
 def _is_zip(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
@@ -217,7 +232,7 @@ def _refusal(path: Path, error: str) -> str:
     if named:
         return (
             f"{path} refused: reading it would run code, it asks for {named[1]}. If you made this file yourself or "
-            "trust who did, say so (--trust, trust=True)"
+            "trust who did, say so (--trust of tools/convert_checkpoint.py, or trust=True)"
         )
     reason = " ".join(error.split()).split(". ")[0]
     return f"{path} is damaged or not a PyTorch checkpoint: {reason}"

@@ -350,6 +350,18 @@ def test_the_name_does_not_matter(tmp_path, model):
     checkpoints.load(model, tmp_path / "pytorch-inside.safetensors")
 
 
+@pytest.mark.parametrize("low_byte", [0x80, 0x50, 0x3C])
+def test_header_length_that_begins_like_another_format(tmp_path, model, low_byte):
+    content = safe_bytes(tmp_path / "whole")
+    size = struct.unpack("<Q", content[:8])[0]
+    padding = (low_byte - size) % 256
+    text = content[8 : 8 + size] + b" " * padding
+    content = struct.pack("<Q", len(text)) + text + content[8 + size :]
+    assert content[0] == low_byte
+    (tmp_path / "file.safetensors").write_bytes(content)
+    check(tmp_path / "file.safetensors", model, None)
+
+
 def _missing_shard(folder, index):
     (folder / "model-00002-of-00003.safetensors").unlink()
 

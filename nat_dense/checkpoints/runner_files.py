@@ -1,0 +1,66 @@
+"""mmengine's own loading (`load_from`, `resume`, testing, `init_cfg` of other modules) through our reader.
+
+Left alone, mmengine admits `getattr` to its files, and runs whatever a file brings along when reading it as data
+fails. A training state needs a few real objects to resume: the loss history and NumPy's arrays and numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from mmengine.logging import HistoryBuffer
+from mmengine.runner import CheckpointLoader
+
+from nat_dense.checkpoints.download import fetch
+from nat_dense.checkpoints.reading import is_safetensors, read, read_torch
+
+
+def _statistic(owner: type, name: str) -> Callable:
+    """What `getattr` is in these files: the loss history's own statistics by name, and nothing else."""
+    if owner is not HistoryBuffer or name not in ("min", "max", "mean", "current"):
+        raise ValueError(f"it asks for attribute {name!r} of {owner!r}")
+    return getattr(HistoryBuffer, name)
+
+
+_SCALAR: Any = np.float64(0).__reduce__()[0]
+_RECONSTRUCT: Any = np.zeros(0).__reduce__()[0]
+_NUMBERS = ("bool", "int8", "uint8", "int16", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64")
+ADMITTED: tuple[tuple[Callable, str], ...] = (
+    (HistoryBuffer, "mmengine.logging.history_buffer.HistoryBuffer"),
+    (_statistic, "builtins.getattr"),
+    (np.ndarray, "numpy.ndarray"),
+    (np.dtype, "numpy.dtype"),
+    *((type(np.dtype(name)), f"numpy.dtypes.{type(np.dtype(name)).__name__}") for name in _NUMBERS),
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((_RECONSTRUCT, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+)
+"""What a training state may restore beyond tensors and plain values, under its name in the file."""
+
+
+def load_from_nat_dense(filename: str, map_location: Any = None) -> Any:
+    """A loader for mmengine: everything that a file holds, as data.
+
+    Args:
+        filename: A PyTorch or safetensors file, its URL, or the name of a published checkpoint.
+        map_location: As in `torch.load`.
+
+    Returns:
+        What the file holds; of a safetensors file its tensors under "state_dict".
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, or needs code to be run.
+    """
+    path = fetch(filename)
+    if path.is_dir() or is_safetensors(path):
+        return {"state_dict": read(path).tensors}
+    # Not mapped: training may write to the file from which it resumed.
+    return read_torch(path, admit=ADMITTED, map_location=map_location, mapped=False)
+
+
+def install() -> None:
+    """Makes mmengine load files and URLs through `load_from_nat_dense`, in this process, from now on."""
+    for prefix in ("", "http://", "https://"):
+        CheckpointLoader.register_scheme(prefix, load_from_nat_dense, force=True)
