@@ -222,15 +222,3 @@ UPERNET = tuple(
 )
 
 PUBLISHED = MASK_RCNN + CASCADE_MASK_RCNN + UPERNET
-
-
-def published(method: str, family: str, arch: str) -> Published:
-    """A row of the table.
-
-    Raises:
-        ValueError: Nothing was published for this method and backbone.
-    """
-    for row in PUBLISHED:
-        if (row.method, row.family, row.arch) == (method, family, arch):
-            return row
-    raise ValueError(f"method={method!r}, family={family!r}, arch={arch!r} was not published; see published.PUBLISHED")
