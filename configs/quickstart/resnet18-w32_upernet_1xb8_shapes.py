@@ -1,13 +1,13 @@
-_base_ = "nat-nano_upernet_1xb8_shapes.py"
+# A ResNet-18 of half the width: about the parameters and exactly the channels of NAT-Nano.
+_base_ = './nat-nano_upernet_1xb8_shapes.py'
+
 model = dict(
     backbone=dict(
         _delete_=True,
-        type="ResNet",
+        type='ResNet',
         depth=18,
-        base_channels=32,
         stem_channels=32,
+        base_channels=32,
         out_indices=(0, 1, 2, 3),
-        norm_cfg=dict(type="BN", requires_grad=True),
-        norm_eval=False,
-    )
-)
+        norm_cfg=dict(type='BN', requires_grad=True),
+        norm_eval=False))

@@ -1,0 +1,17 @@
+# A short run from scratch on a CPU: AdamW, a short warm-up, then a cosine to zero; evaluated four times.
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=1500, val_interval=375)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=75),
+    dict(type='CosineAnnealingLR', eta_min=0.0, by_epoch=False, begin=75, end=1500),
+]
+
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(type='AdamW', lr=2e-3, betas=(0.9, 0.99), weight_decay=0.05, fused=True),
+    clip_grad=dict(max_norm=5.0),
+    paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0, custom_keys=dict(rpb=dict(decay_mult=0.0))))
+
+randomness = dict(seed=0)
