@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BackboneOutput
 
 from nat_dense.hf.configuration import DinatConfig, NatConfig
@@ -22,7 +22,7 @@ class _PreTrained(PreTrainedModel):
     """Initial weights, and what transformers wants to know about a model."""
 
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = "image"
     supports_gradient_checkpointing = True
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -59,7 +59,7 @@ class _Model(_PreTrained):
         ValueError: Fields of `config` are out of range or disagree.
     """
 
-    def __init__(self, config: PretrainedConfig, add_pooling_layer: bool = True):
+    def __init__(self, config: NatConfig, add_pooling_layer: bool = True):
         super().__init__(config)
         self.num_levels = len(config.depths)
         self.num_features = config.hidden_size
@@ -119,12 +119,12 @@ class _ForImageClassification(_PreTrained):
 
     model_class: ClassVar[type[_Model]]
 
-    def __init__(self, config: PretrainedConfig):
+    def __init__(self, config: NatConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
         model = self.model_class(config)
         setattr(self, self.base_model_prefix, model)
-        labels = config.num_labels
+        labels = config.num_labels or 0
         self.classifier = nn.Linear(model.num_features, labels) if labels > 0 else nn.Identity()
         self.post_init()
 
@@ -168,7 +168,7 @@ class _Backbone(BackboneMixin, _PreTrained):
         config: The fields; `out_features` or `out_indices` name the maps.
     """
 
-    def __init__(self, config: PretrainedConfig):
+    def __init__(self, config: NatConfig):
         super().__init__(config)
         init_backbone(self, config)
         self.embeddings = Embeddings(config)

@@ -24,7 +24,9 @@ def set_outputs(config: Any, out_features: list[str] | None, out_indices: Sequen
     if hasattr(config, "set_output_features_output_indices"):
         config.set_output_features_output_indices(out_features, out_indices)
         return
-    from transformers.utils.backbone_utils import get_aligned_output_features_output_indices as aligned
+    from transformers.utils.backbone_utils import (  # type: ignore[attr-defined]
+        get_aligned_output_features_output_indices as aligned,
+    )
 
     config._out_features, config._out_indices = aligned(out_features, out_indices, config.stage_names)
 
