@@ -67,7 +67,7 @@ class Architecture:
             return [f"{of[self.family]} weights, {of[model.family]} model"]
         names = [f.name for f in fields(self) if f.name not in ("family", "norms", "num_classes")]
         pairs = [(name, getattr(self, name), getattr(model, name)) for name in names]
-        return [f"{name} {ours} weights, {theirs} model" for name, ours, theirs in pairs if ours != theirs]
+        return [f"{name} {ours} weights, {theirs} model" for name, ours, theirs in pairs if ours not in (None, theirs)]
 
     def _is(self, row: variants.Variant) -> bool:
         same = ("embed_dim", "depths", "num_heads", "mlp_ratio", "kernel_size")

@@ -156,11 +156,8 @@ def read_torch(
         try:
             source = path if mapped else file
             return torch.load(source, map_location=map_location, weights_only=not trust, mmap=mapped)
-        except UnpicklingError as error:
-            raise ValueError(_refusal(path, str(error))) from error
         except Exception as error:
-            reason = " ".join(str(error).split()).split(". ")[0] or type(error).__name__
-            raise ValueError(f"{path} is damaged or not a PyTorch checkpoint: {reason}") from error
+            raise ValueError(_refusal(path, error)) from error
 
 
 def is_safetensors(path: Path) -> bool:
@@ -226,15 +223,23 @@ def _is_zip(path: Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
-def _refusal(path: Path, error: str) -> str:
-    named = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", error)
-    named = named or re.search(r"unrecognized function (\S+)", error)
-    if named:
+def _refusal(path: Path, error: Exception) -> str:
+    """What to tell the user of torch.load's error."""
+    text = " ".join(str(error).split())
+    named = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", text)
+    if named or "unrecognized function" in text:
+        wanted = named[1] if named else "the call of an object in it"
         return (
-            f"{path} refused: reading it would run code, it asks for {named[1]}. If you made this file yourself or "
+            f"{path} refused: reading it would run code, it asks for {wanted}. If you made this file yourself or "
             "trust who did, say so (--trust of tools/convert_checkpoint.py, or trust=True)"
         )
-    reason = " ".join(error.split()).split(". ")[0]
+    if "TorchScript" in text:
+        return f"{path} is TorchScript, a program and not weights; save the state_dict of its model"
+    if isinstance(error, (EOFError, IndexError)):
+        text = "it ends too early"
+    elif isinstance(error, UnpicklingError):
+        text = "its pickle makes no sense"
+    reason = re.sub(r"^\[enforce fail.*?\] ?\.? ?", "", text).split(". ")[0] or type(error).__name__
     return f"{path} is damaged or not a PyTorch checkpoint: {reason}"
 
 
@@ -279,7 +284,7 @@ def _weights_of(path: Path, content: Any, entry: str | None) -> Checkpoint:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not weights by name")
     entries = [name for name in WEIGHT_ENTRIES if isinstance(content.get(name), Mapping)]
-    if entry is None and entries and not any(isinstance(value, Tensor) for value in content.values()):
+    if entry is None and entries:
         entry = entries[0]
     if entry is None:
         weights, extras = content, {}
@@ -290,7 +295,8 @@ def _weights_of(path: Path, content: Any, entry: str | None) -> Checkpoint:
     others = [name for name, value in weights.items() if not isinstance(value, Tensor)]
     if len(others) == len(weights):
         held = ", ".join(map(str, list(content)[:6])) or "nothing"
-        raise ValueError(f"{path} has no weights: it holds {held}. Is it a training state without the model?")
+        state = " Is it a training state without the model?" if {"optimizer", "epoch", "iter"} & set(content) else ""
+        raise ValueError(f"{path} has no tensors by name; it holds {held}.{state}")
     if others or any(not isinstance(name, str) for name in weights):
         names = ", ".join(f"{name} ({type(weights[name]).__name__})" for name in others[:3])
         raise ValueError(f"{path} mixes weights with {len(others)} other values: {names}. Expected tensors by name")

@@ -1,20 +1,24 @@
-"""mmengine's own loading (`load_from`, `resume`, testing, `init_cfg` of other modules) through our reader.
+"""mmengine's own loading (`load_from`, `resume`, testing, `init_cfg` of other modules) and saving, through ours.
 
 Left alone, mmengine admits `getattr` to its files, and runs whatever a file brings along when reading it as data
-fails. A training state needs a few real objects to resume: the loss history and NumPy's arrays and numbers.
+fails; a run that is killed while it saves leaves half a file. A training state needs a few real objects to resume:
+the loss history and NumPy's arrays and numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 
 from nat_dense.checkpoints.download import fetch
 from nat_dense.checkpoints.reading import is_safetensors, read, read_torch
+from nat_dense.checkpoints.writing import atomic
 
 
 def _statistic(owner: type, name: str) -> Callable:
@@ -60,7 +64,18 @@ def load_from_nat_dense(filename: str, map_location: Any = None) -> Any:
     return read_torch(path, admit=ADMITTED, map_location=map_location, mapped=False)
 
 
+class AtomicBackend(LocalBackend):
+    """mmengine's local files, of which binary ones (checkpoints) are written whole or not at all."""
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        """Writes bytes to a file; makes its folder where there is none."""
+        Path(filepath).parent.mkdir(parents=True, exist_ok=True)
+        with atomic(filepath) as part:
+            part.write_bytes(obj)
+
+
 def install() -> None:
-    """Makes mmengine load files and URLs through `load_from_nat_dense`, in this process, from now on."""
+    """Makes mmengine load files and URLs through `load_from_nat_dense`, and save atomically, from now on."""
     for prefix in ("", "http://", "https://"):
         CheckpointLoader.register_scheme(prefix, load_from_nat_dense, force=True)
+    register_backend("local", AtomicBackend, force=True, prefixes="")

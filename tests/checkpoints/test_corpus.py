@@ -179,7 +179,7 @@ BYTES = {
     "json": (b'{"state_dict": {}}', "neither a PyTorch nor a safetensors file"),
     "zeros": (bytes(4096), "neither a PyTorch nor a safetensors file"),
     "bare pickle": (pickle.dumps({"a": 1}, 2), DAMAGED),
-    "torchscript": (script(), "TorchScript"),
+    "torchscript": (script(), "is TorchScript, a program and not weights"),
     "runs a command": (torch_bytes({"state_dict": STATE, "meta": Runs()}), f"{CODE} (posix|nt).system"),
     "runs a command, legacy": (torch_bytes({"state_dict": STATE, "meta": Runs()}, legacy=True), f"{CODE} posix.system"),
     "runs a command, bare pickle": (pickle.dumps(Runs(), 2), f"{CODE} posix.system|{DAMAGED}"),
@@ -190,7 +190,7 @@ BYTES = {
     "loads again": (torch_bytes({"w": Runs(torch.load, "other.pth")}), f"{CODE} torch.serialization.load"),
     "partial": (torch_bytes({"w": functools.partial(os.system, "true")}), f"{CODE} functools.partial"),
     "getattr on a class": (getattr_chain(), f"{CODE} .*tuple|{DAMAGED}"),
-    "call of a stand-in": (built_stand_in(), CODE),
+    "call of a stand-in": (built_stand_in(), f"{CODE} the call of an object in it"),
     "own class": (torch_bytes({"state_dict": STATE, "config": Unknown()}), f"{CODE} .*Unknown"),
     "whole module": (torch_bytes(torch.nn.Linear(2, 2)), f"{CODE} torch.nn.modules.linear.Linear"),
     "path": (torch_bytes({"state_dict": STATE, "out": Path("x")}), f"{CODE} pathlib"),
@@ -228,7 +228,7 @@ CONTENT = {
     "missing": (without("levels.2.blocks.0.attn.qkv.bias"), "1 missing: levels.2.blocks.0.attn.qkv.bias"),
     "missing stem": (
         without("patch_embed.norm.weight", "patch_embed.proj.0.weight"),
-        "2 missing: patch_embed.proj.0.weight",
+        "the weights don't fit the model: 2 missing: patch_embed.proj.0.weight",
     ),
     "missing block": (
         {name: value for name, value in STATE.items() if "levels.1.blocks.1" not in name},
@@ -264,13 +264,19 @@ CONTENT = {
     "other kernel": (tiny(kernel_size=5).state_dict(), "kernel_size 5 weights, 3 model"),
     "layer scale": (tiny(layer_scale=1e-5).state_dict(), "layer_scale True weights, False model"),
     "classifier": (tiny(NATClassifier, num_classes=4).state_dict(), None),
-    "optimizer only": ({"optimizer": {"state": {}}, "epoch": 2}, "has no weights: it holds optimizer, epoch"),
-    "no weights": ({}, "has no weights: it holds nothing"),
-    "empty state dict": ({"state_dict": {}}, "has no weights: it holds state_dict"),
+    "optimizer only": (
+        {"optimizer": {"state": {}}, "epoch": 2},
+        r"has no tensors by name; it holds optimizer, epoch. Is it a training state",
+    ),
+    "no weights": ({}, "has no tensors by name; it holds nothing"),
+    "empty state dict": ({"state_dict": {}}, "has no tensors by name; it holds state_dict"),
     "list": (list(STATE.values()), "holds a list, not weights by name"),
     "one tensor": (torch.zeros(3), "holds a Tensor, not weights by name"),
     "numbers among tensors": (with_("epoch", 3), r"mixes weights with 1 other values: epoch \(int\)"),
-    "arrays": ({name: value.numpy() for name, value in STATE.items()}, "has no weights"),
+    "arrays": (
+        {name: value.numpy() for name, value in STATE.items()},
+        "has no tensors by name; it holds patch_embed.proj.0.weight",
+    ),
     "sparse": (with_("norm0.bias", torch.zeros(8).to_sparse()), "norm0.bias is sparse or quantized"),
 }
 

@@ -1,13 +1,15 @@
 """What mmengine loads by itself: training states that resume, old files, and no code."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
-from mmengine.runner.checkpoint import load_checkpoint
+from mmengine.runner.checkpoint import load_checkpoint, save_checkpoint
 
 from nat_dense.checkpoints import runner_files
 from nat_dense.checkpoints.writing import save
@@ -22,6 +24,7 @@ def loader():
     runner_files.install()
     yield
     CheckpointLoader._schemes = before
+    register_backend("local", LocalBackend, force=True, prefixes="")
 
 
 def load(path):
@@ -102,9 +105,26 @@ def test_code_is_refused(tmp_path, monkeypatch, content, message):
     torch.save(dict(state_dict={}, meta=dict(x=content)), "x.pth")
     with pytest.raises(ValueError, match=message):
         load("x.pth")
-    assert not os.path.exists("code-was-run")
+    assert not Path("code-was-run").exists()
 
 
 def test_missing_file():
     with pytest.raises(FileNotFoundError, match=r"no checkpoint 'gone\.pth'"):
         load("gone.pth")
+
+
+def test_saving_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "run" / "epoch_1.pth"
+    save_checkpoint(dict(state_dict=dict(a=torch.ones(3))), str(path))
+    assert torch.equal(load(path)["state_dict"]["a"], torch.ones(3))
+
+    def half(self, data):
+        with self.open("wb") as file:
+            file.write(data[: len(data) // 2])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(OSError, match="no space left"):
+        save_checkpoint(dict(state_dict=dict(a=torch.zeros(3))), str(path))
+    assert [file.name for file in path.parent.iterdir()] == ["epoch_1.pth"]
+    assert torch.equal(load(path)["state_dict"]["a"], torch.ones(3))
