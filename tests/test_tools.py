@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nat_dense.mm.checkpoints import read_checkpoint
+from nat_dense.checkpoints import read
 from tests.mm.small import DETECTOR, SEGMENTOR, ade_options, coco_options, load_tool, write_ade, write_coco
 
 train = load_tool("train").main
@@ -112,7 +112,7 @@ def test_resume_goes_on_where_the_run_stopped(segmentor, tmp_path):
     train([SEGMENTOR, *arguments, "--cfg-options", *options, *more])
     assert [line["step"] for line in scalars(tmp_path) if "loss" in line] == [3]
     files = (run / "iter_2.pth", tmp_path / "iter_3.pth")
-    assert [read_checkpoint(str(file))["optimizer"]["state"][0]["step"] for file in files] == [2, 3]
+    assert [read(file).extras["optimizer"]["state"][0]["step"] for file in files] == [2, 3]
 
 
 @pytest.mark.slow

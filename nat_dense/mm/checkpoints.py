@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,10 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
-from mmengine.runner import CheckpointLoader, find_latest_checkpoint
-from torch import Tensor, nn
+from mmengine.runner import find_latest_checkpoint
+from torch import nn
+
+from nat_dense.checkpoints import Checkpoint, fetch, read
 
 EXPERIMENT_TIME = re.compile(r"_\d{8}_\d{6}$")
 """MMEngine names an experiment after its config file and the time of its start."""
@@ -42,47 +43,18 @@ def refuse_pickled_code() -> None:
         )
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     # The forks admit these themselves; the original MMEngine does not, and could not resume from its own checkpoints.
-    numpy_types = [np.ndarray, np.dtype, *(type(np.dtype(name)) for name in ("float64", "int64", "uint32"))]
-    numpy_functions = [np._core.multiarray._reconstruct, np._core.multiarray.scalar]
-    torch.serialization.add_safe_globals([HistoryBuffer, *numpy_types, *numpy_functions])
+    dtypes = [type(np.dtype(name)) for name in ("float64", "int64", "uint32")]
+    rebuilders = [value.__reduce__()[0] for value in (np.empty(0), np.float64(0))]
+    admitted: list[Any] = [HistoryBuffer, np.ndarray, np.dtype, *dtypes, *rebuilders]
+    torch.serialization.add_safe_globals(admitted)
 
 
-def read_checkpoint(path: str) -> dict[str, Any]:
-    """Reads a checkpoint (a file or a URL) to the CPU, as data only.
-
-    Args:
-        path: whatever MMEngine's `load_from` takes.
-
-    Returns:
-        What the file holds, usually `meta`, `state_dict`, `optimizer`, ...
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no checkpoint, or holds pickled objects that are not data.
-    """
-    refuse_pickled_code()
-    if "://" not in path and not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint {path!r}.")
-    try:
-        checkpoint = CheckpointLoader.load_checkpoint(path, map_location="cpu", logger="silent")
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path!r} can't be loaded as data (code in checkpoints is never run): {reason}") from error
-    if not isinstance(checkpoint, Mapping):
-        raise ValueError(
-            f"{path!r} holds a {type(checkpoint).__name__}, not a checkpoint (a dict of tensors or with a "
-            "'state_dict')."
-        )
-    return dict(checkpoint)
-
-
-def check_fits(model: nn.Module, checkpoint: Mapping[str, Any], source: str) -> list[str]:
+def check_fits(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
     """Checks that a checkpoint holds every weight of a model, in its shape.
 
     Args:
         model: the model that the weights are for.
-        checkpoint: what `read_checkpoint` returned.
-        source: the name of the checkpoint, for messages.
+        checkpoint: what `nat_dense.checkpoints.read` returned.
 
     Returns:
         A warning where the checkpoint holds more than the model needs, else an empty list.
@@ -90,28 +62,25 @@ def check_fits(model: nn.Module, checkpoint: Mapping[str, Any], source: str) -> 
     Raises:
         ValueError: weights are missing or have another shape; the first ones are named.
     """
-    weights = checkpoint.get("state_dict", checkpoint)
-    found = {re.sub(r"^module\.", "", key): value for key, value in weights.items() if isinstance(value, Tensor)}
+    source = str(checkpoint.path)
+    found = {re.sub(r"^module\.", "", name): tensor for name, tensor in checkpoint.tensors.items()}
     expected = model.state_dict()
-    missing = [key for key in expected if key not in found]
+    advice = "Use the config that it was trained with."
+    unused = [name for name in found if name not in expected]
+    missing = [name for name in expected if name not in found]
     if missing:
+        instead = f", and has {unused[0]!r} instead" if unused else ""
         raise ValueError(
             f"{source!r} is of another model: it lacks {len(missing)} of {len(expected)} weights, such as "
-            f"{missing[0]!r}{_unknown_key(found, expected)}. Use the config that it was trained with."
+            f"{missing[0]!r}{instead}. {advice}"
         )
-    for key, weight in expected.items():
-        if found[key].shape != weight.shape:
+    for name, weight in expected.items():
+        if found[name].shape != weight.shape:
             raise ValueError(
-                f"{source!r} is of another model: {key!r} has shape {tuple(found[key].shape)}, this config's model "
-                f"needs {tuple(weight.shape)}. Use the config that it was trained with."
+                f"{source!r} is of another model: {name!r} has shape {tuple(found[name].shape)}, this config's model "
+                f"needs {tuple(weight.shape)}. {advice}"
             )
-    unused = [key for key in found if key not in expected]
     return [f"{source!r}: {len(unused)} weights are not used by this model, such as {unused[0]!r}."] if unused else []
-
-
-def _unknown_key(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    unknown = next((key for key in found if key not in expected), None)
-    return f", and has {unknown!r} instead" if unknown else ""
 
 
 def check_work_dir(cfg: Config, model: nn.Module) -> list[str]:
@@ -141,15 +110,15 @@ def check_work_dir(cfg: Config, model: nn.Module) -> list[str]:
     source = cfg.get("load_from") or find_latest_checkpoint(str(work_dir))
     if source is None:
         return [f"Nothing to resume in {str(work_dir)!r}: training starts from the beginning."]
-    checkpoint = read_checkpoint(source)
-    if not {"meta", "optimizer"} <= set(checkpoint):
+    checkpoint = read(fetch(source))
+    if not {"meta", "optimizer"} <= set(checkpoint.extras):
         raise ValueError(
             f"{source!r} holds weights but no training state to resume; start from it with --cfg-options "
             f"load_from={source}."
         )
     if not cfg.get("load_from"):
-        _check_same_experiment(cfg, checkpoint["meta"].get("experiment_name", ""), source)
-    return check_fits(model, checkpoint, source)
+        _check_same_experiment(cfg, checkpoint.extras["meta"].get("experiment_name", ""), source)
+    return check_fits(model, checkpoint)
 
 
 def _check_same_experiment(cfg: Config, experiment: str, source: str) -> None:

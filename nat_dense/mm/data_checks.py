@@ -54,12 +54,12 @@ class Source:
     Attributes:
         name: where it stands in the config, such as "train_dataloader.dataset".
         cfg: its config.
-        cls: its class.
+        cls: its class, a subclass of MMEngine's BaseDataset.
     """
 
     name: str
     cfg: Any
-    cls: type
+    cls: Any
 
     def is_a(self, dataset: str) -> bool:
         """Whether the class is, or derives from, the one of this full name; imports nothing."""

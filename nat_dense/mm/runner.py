@@ -8,13 +8,8 @@ from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 
-from nat_dense.mm.checkpoints import (
-    DropEmbeddedConfig,
-    check_fits,
-    check_work_dir,
-    read_checkpoint,
-    refuse_pickled_code,
-)
+from nat_dense.checkpoints import fetch, read
+from nat_dense.mm.checkpoints import DropEmbeddedConfig, check_fits, check_work_dir, refuse_pickled_code
 from nat_dense.mm.data_checks import check_data
 from nat_dense.mm.machine import fit_to_machine
 from nat_dense.mm.model_checks import check_model
@@ -51,7 +46,8 @@ def build_runner(cfg: Config, mode: Literal["train", "test"] = "train", *, tta: 
     if mode == "train":
         notices += check_work_dir(cfg, model)
     elif cfg.get("load_from"):
-        notices += check_fits(model, read_checkpoint(cfg.load_from), cfg.load_from)
+        cfg.load_from = str(fetch(cfg.load_from))
+        notices += check_fits(model, read(cfg.load_from))
     del model
     if tta:
         notices += enable_tta(cfg)

@@ -4,9 +4,10 @@ import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
-from mmengine.config import DictAction
+from mmengine.config import Config, DictAction
 from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -116,3 +117,28 @@ def ade_options(root: Path, iterations: int = 2) -> list[str]:
         f"default_hooks.checkpoint.interval={iterations}",
         "default_hooks.logger.interval=1",
     ]
+
+
+def shrink(cfg: Config, root: Path) -> None:
+    """Points a config, whatever its pipelines are, to `write_coco`'s or `write_ade`'s data at a small size."""
+    for loader, split in ((cfg.train_dataloader, 0), (cfg.val_dataloader, 1)):
+        dataset = loader.dataset
+        dataset.data_root = str(root)
+        if cfg.default_scope == "mmdet":
+            name = ("train2017", "val2017")[split]
+            dataset.update(ann_file=f"annotations/instances_{name}.json", data_prefix=dict(img=f"{name}/"))
+        else:
+            name = ("training", "validation")[split]
+            dataset.update(data_prefix=dict(img_path=f"images/{name}", seg_map_path=f"annotations/{name}"))
+        _shrink_sizes(dataset.pipeline)
+    if cfg.model.data_preprocessor.get("size"):
+        cfg.model.data_preprocessor.size = (64, 64)
+
+
+def _shrink_sizes(node: Any) -> None:
+    if isinstance(node, dict):
+        for key, size in (("scale", SIZE), ("scales", [SIZE]), ("crop_size", (64, 64))):
+            if key in node:
+                node[key] = size
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else ():
+        _shrink_sizes(child)

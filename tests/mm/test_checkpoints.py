@@ -7,13 +7,14 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.model import BaseModule
+from mmengine.runner import load_checkpoint
 from torch import nn
 
+from nat_dense.checkpoints import Checkpoint
 from nat_dense.mm.checkpoints import (
     DropEmbeddedConfig,
     check_fits,
     check_work_dir,
-    read_checkpoint,
     refuse_pickled_code,
 )
 
@@ -52,10 +53,20 @@ def malicious(tmp_path, monkeypatch):
     return str(tmp_path / "bad.pth"), proof
 
 
-def test_a_checkpoint_with_code_is_refused_and_does_not_run(malicious):
+@pytest.mark.parametrize("load_from", [True, False])
+def test_a_checkpoint_with_code_is_not_resumed(malicious, tmp_path, model, load_from):
     path, proof = malicious
-    with pytest.raises(ValueError, match="can't be loaded as data"):
-        read_checkpoint(path)
+    (tmp_path / "last_checkpoint").write_text(path)
+    with pytest.raises(ValueError, match="refused: reading it would run code"):
+        check_work_dir(config(tmp_path, resume=True, **(dict(load_from=path) if load_from else {})), model)
+    assert not proof.exists()
+
+
+def test_weights_to_start_from_with_code_do_not_run(malicious):
+    path, proof = malicious
+    refuse_pickled_code()
+    with pytest.raises(pickle.UnpicklingError):
+        load_checkpoint(nn.Linear(1, 1), path)  # what Runner.load_checkpoint calls
     assert not proof.exists()
 
 
@@ -87,27 +98,19 @@ def test_config_text_in_a_checkpoint_is_dropped():
     assert checkpoint == dict(meta=dict(epoch=3))
 
 
-def test_missing_and_broken_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint 'nowhere.pth'"):
-        read_checkpoint("nowhere.pth")
-    (tmp_path / "empty.pth").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"empty\.pth"):
-        read_checkpoint(str(tmp_path / "empty.pth"))
-    torch.save([1], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match="holds a list"):
-        read_checkpoint(str(tmp_path / "list.pth"))
-
-
 def test_weights_must_be_all_there_in_their_shape(model):
-    weights = model.state_dict()
-    assert check_fits(model, dict(state_dict=weights), "ours.pth") == []
-    assert check_fits(model, {f"module.{key}": value for key, value in weights.items()}, "ours.pth") == []
-    (warning,) = check_fits(model, weights | {"head.weight": torch.zeros(1)}, "ours.pth")
+    def fits(weights):
+        return check_fits(model, Checkpoint(Path("theirs.pth"), "torch", weights))
+
+    weights = dict(model.state_dict())
+    assert fits(weights) == []
+    assert fits({f"module.{key}": value for key, value in weights.items()}) == []
+    (warning,) = fits(weights | {"head.weight": torch.zeros(1)})
     assert "1 weights are not used by this model, such as 'head.weight'" in warning
     with pytest.raises(ValueError, match=r"lacks 1 of 7 weights, such as '0.bias'"):
-        check_fits(model, {key: value for key, value in weights.items() if key != "0.bias"}, "theirs.pth")
+        fits({key: value for key, value in weights.items() if key != "0.bias"})
     with pytest.raises(ValueError, match=r"'0.bias' has shape \(4,\), this config's model needs \(3,\)"):
-        check_fits(model, weights | {"0.bias": torch.zeros(4)}, "theirs.pth")
+        fits(weights | {"0.bias": torch.zeros(4)})
 
 
 def test_a_new_run_does_not_overwrite_checkpoints(tmp_path, model):
