@@ -114,6 +114,31 @@ def test_folder_for_transformers(tmp_path, kind, model_type):
     checkpoints.load(model, tmp_path / "hf")
 
 
+@pytest.mark.parametrize(("kind", "model_type"), [("dense", "nat"), ("dense", "dinat"), ("classification", "nat")])
+def test_folder_is_complete_for_transformers(tmp_path, kind, model_type):
+    """The classes for transformers load the folder without a missing or unexpected name, and save one that we load."""
+    pytest.importorskip("transformers")
+    from nat_dense import hf
+
+    name = {"nat": "Nat", "dinat": "Dinat"}[model_type] + ("Backbone" if kind == "dense" else "ForImageClassification")
+    ours = MODELS[kind]().eval()
+    save(ours.state_dict(), tmp_path / "in.safetensors")
+    dilations = "detection" if model_type == "dinat" else None
+    checkpoints.convert(tmp_path / "in.safetensors", tmp_path / "hf", "hf", model_type=model_type, dilations=dilations)
+    theirs, info = getattr(hf, name).from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert [list(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")] == [[], [], []]
+    theirs.save_pretrained(tmp_path / "again")
+    again = MODELS[kind]()
+    torch.nn.init.zeros_(again.patch_embed.norm.weight)
+    checkpoints.load(again, tmp_path / "again")
+    assert_bits(again.state_dict(), ours.state_dict())
+    image = torch.rand(1, 3, 64, 96)
+    if model_type == "nat":
+        maps = theirs(image).feature_maps if kind == "dense" else [theirs(image).logits]
+        expected = ours(image) if kind == "dense" else [ours(image)]
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(maps, expected, strict=True))
+
+
 def test_kernel_size(tmp_path):
     save(MODELS["dense"]().state_dict(), tmp_path / "in.safetensors")
     report = checkpoints.convert(tmp_path / "in.safetensors", tmp_path / "k.safetensors", "dense", kernel_size=5)
