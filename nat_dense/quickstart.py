@@ -158,6 +158,8 @@ def train(cfg: Config, folder: Path, what: str, console: Console) -> dict[str, A
         runner.register_hook(watch, priority="LOWEST")
         started = time.monotonic()
         runner.train()
+        if not watch.metrics:  # interrupted between the last checkpoint and its evaluation
+            runner.val()
         seconds = time.monotonic() - started
         dataset = runner.val_dataloader.dataset
         examples = predict_examples(runner.model, dataset, range(min(EXAMPLES, len(dataset))))
@@ -188,7 +190,7 @@ class _Watch(Hook):
         """Advances the line of the training."""
         if self.line is None:
             self.line = ProgressLine(self.what, runner.max_iters, runner.iter, self.stream)
-        loss = float(outputs["loss"]) if outputs else float("nan")
+        loss = float(outputs["loss"].detach())
         self.line.advance(f"loss {loss:.3f}")
 
     def before_val_epoch(self, runner: Runner) -> None:

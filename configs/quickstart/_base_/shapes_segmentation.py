@@ -5,7 +5,7 @@ metainfo = dict(
     palette=[(60, 60, 60), (230, 75, 60), (60, 120, 220), (245, 190, 40), (150, 90, 200), (50, 170, 110),
              (240, 130, 180)])
 
-load = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', reduce_zero_label=True)]
+load = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]
 flip = dict(type='RandomFlip', prob=[0.25, 0.25, 0.25], direction=['horizontal', 'vertical', 'diagonal'])
 
 # Decoding a picture of 128 x 128 takes less than handing it from one process to another: no workers.

@@ -1,0 +1,133 @@
+"""The quickstart from its command line, in miniature: what it leaves, what it reuses, what it refuses."""
+
+import base64
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from nat_dense.datasets import scene, shapes
+from nat_dense.mm.config import load_config
+from nat_dense.quickstart import CONFIGS, TASKS, task_config
+from tests.mm.small import load_tool
+
+MINIATURE = ["--train", "24", "--val", "6", "--size", "64", "--budget", "0.008"]
+ITERATIONS = 12
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("quickstart")
+    run(root)
+    return root
+
+
+def run(root: Path, *options: str) -> None:
+    arguments = ["--work-dir", str(root / "work"), "--data", str(root / "data"), *MINIATURE, *options]
+    load_tool("quickstart").main(arguments)
+
+
+def result(root: Path, task: str) -> dict:
+    return json.loads((root / "work" / task / "result.json").read_text())
+
+
+@pytest.mark.parametrize("task", [task.name for task in TASKS])
+def test_a_training_leaves_everything(root, task):
+    folder = root / "work" / task
+    assert (folder / f"iter_{ITERATIONS}.pth").is_file()
+    assert list(folder.glob("*/*.log")), "MMEngine's log"
+    assert "Iter(val)" in (folder / "console.txt").read_text()
+    outcome = result(root, task)
+    assert outcome["iterations"] == ITERATIONS
+    assert outcome["backbone_parameters"] == 2_483_574
+    for name in ("curves.png", "predictions.png"):
+        assert Image.open(folder / name).size[0] > 1000
+
+
+def test_the_numbers_are_the_evaluators(root):
+    detection, segmentation = result(root, "detection")["metrics"], result(root, "segmentation")["metrics"]
+    assert {"coco/bbox_mAP", "coco/segm_mAP"} <= set(detection)
+    assert all(0 <= detection[name] <= 1 for name in ("coco/bbox_mAP", "coco/segm_mAP"))
+    assert 0 < segmentation["mIoU"] <= 100
+    last = (root / "work" / "segmentation").glob("*/vis_data/scalars.json")
+    logged = [json.loads(line) for line in next(last).read_text().splitlines()]
+    assert [entry["mIoU"] for entry in logged if "mIoU" in entry][-1] == segmentation["mIoU"]
+
+
+def test_the_report_stands_alone_and_shows_all(root):
+    text = (root / "work" / "report.html").read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)", text), "something is fetched"
+    assert "<script" not in text
+    pictures = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', text)]
+    assert [Image.open(io.BytesIO(data)).format for data in pictures] == ["PNG"] * 4
+    for task in TASKS:
+        folder = root / "work" / task.name
+        assert pictures[:2] == [(folder / name).read_bytes() for name in ("curves.png", "predictions.png")]
+        pictures = pictures[2:]
+        assert f"<h2>{task.title}</h2>" in text
+        assert f"configs/quickstart/{task.config}" in text
+    assert f"<b>{result(root, 'detection')['metrics']['coco/bbox_mAP']:.3f}</b><span>NAT Mask R-CNN: box mAP" in text
+    assert f"<b>{result(root, 'segmentation')['metrics']['mIoU'] / 100:.3f}</b><span>NAT UPerNet: mIoU" in text
+
+
+def test_a_second_run_uses_what_is_finished(root, capsys):
+    files = [root / "work" / task.name / f"iter_{ITERATIONS}.pth" for task in TASKS]
+    before = [file.stat().st_mtime_ns for file in files]
+    run(root)
+    assert [file.stat().st_mtime_ns for file in files] == before
+    assert capsys.readouterr().out.count("finished: used as it is") == 2
+
+
+def test_an_interrupted_run_is_finished(root, capsys):
+    """Without its result, a training goes on from its last checkpoint, here the final one: it is only evaluated."""
+    before = result(root, "segmentation")
+    (root / "work" / "segmentation" / "result.json").unlink()
+    run(root)
+    after = result(root, "segmentation")
+    assert "going on from its last checkpoint" in capsys.readouterr().out
+    assert after["metrics"] == pytest.approx(before["metrics"])
+    assert after["iterations"] == ITERATIONS
+
+
+def test_other_settings_keep_the_earlier_run(root, capsys, monkeypatch):
+    monkeypatch.setattr("nat_dense.quickstart.TASKS", TASKS[1:])  # the faster one
+    before = result(root, "segmentation")
+    run(root, "--seed", "1")
+    (kept,) = (root / "work").glob("segmentation-before-*")
+    assert json.loads((kept / "result.json").read_text()) == before
+    assert (kept / f"iter_{ITERATIONS}.pth").is_file()
+    assert "held a run with other settings: kept as" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "0.001"], "budget=0.001 leaves 2 of 1500 iterations: expected >= 10"),
+        (["--train", "0"], "train=0: expected a whole number of at least 1"),
+        (["--val", "7"], "holds a shapes set made with"),
+    ],
+)
+def test_bad_options_end_before_training(root, capsys, options, message):
+    with pytest.raises(SystemExit) as exit_:
+        run(root, *options)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_configs_name_the_classes_and_colours_of_the_data():
+    palette = list(shapes.PALETTE)
+    for file in sorted(CONFIGS.glob("*.py")):
+        metainfo = load_config(str(file)).metainfo
+        expected = scene.CLASSES if "mask-rcnn" in file.name else shapes.SEMANTIC_CLASSES
+        assert tuple(metainfo.classes) == expected, file
+        assert [tuple(colour) for colour in metainfo.palette] == palette[-len(expected) :], file
+
+
+def test_a_budget_scales_every_length():
+    cfg = task_config(TASKS[0].config, Path("data"), budget=0.5)
+    assert (cfg.train_cfg.max_iters, cfg.train_cfg.val_interval) == (750, 188)
+    assert [(s.begin, s.end) for s in cfg.param_scheduler] == [(0, 38), (38, 750)]
+    assert cfg.default_hooks.checkpoint.interval == 188
