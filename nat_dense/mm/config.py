@@ -37,10 +37,18 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     if not file.is_file():
         raise FileNotFoundError(f"no config {path!r}.{_similar_files(file)}")
     cfg = Config.fromfile(str(file))
-    if options:
-        _check_option_names(cfg, options)
-        cfg.merge_from_dict(options)
+    merge_options(cfg, options or {})
     return cfg
+
+
+def merge_options(cfg: Config, options: dict[str, Any]) -> None:
+    """Merges the values of `--cfg-options` into a config, in place.
+
+    Raises:
+        ValueError: an option whose first key neither the config nor the Runner knows.
+    """
+    _check_option_names(cfg, options)
+    cfg.merge_from_dict(options)
 
 
 def _find_libraries_by_module() -> None:

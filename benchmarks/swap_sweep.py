@@ -1,0 +1,181 @@
+"""Swaps the backbone of every config that ships with the installed MMDetection and MMSegmentation, and counts.
+
+python benchmarks/swap_sweep.py --results sweep.json --runs 150 --table docs/swap.md
+
+Each config ends up in one of four classes: swapped and built; refused with a reason; the original itself neither parses
+nor builds here; failed. Some of the swapped models, chosen at random, also run a loss forward and backward on random
+pictures. The results file is written as the sweep goes; a second start goes on where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import os
+import random
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from random_batches import SIDE, random_detection_batch, random_segmentation_batch
+from swap_table import write_page
+
+import nat_dense  # noqa: F401  (registers the backbones)
+from nat_dense.mm.config import DISTRIBUTIONS, load_config
+from nat_dense.mm.errors import describe
+from nat_dense.mm.machine import fit_to_machine
+from nat_dense.mm.meta import build_on_meta
+from nat_dense.mm.swap import SwapRefusedError, plan_swap
+
+BACKBONE = "nat-tiny"
+RUN_BACKBONES = ("nat-mini", "dinat-mini", "dinat_s-tiny")
+"""The models that run take these in turn: one of each family, the smallest that is published."""
+
+SEED = 7
+SAVE_EVERY = 25
+
+
+def shipped_configs() -> Iterator[str]:
+    """The names of all configs of the installed libraries, without the parts that they inherit from."""
+    for scope in DISTRIBUTIONS:
+        spec = find_spec(scope)
+        if spec is None or not spec.submodule_search_locations:
+            continue
+        root = Path(spec.submodule_search_locations[0], ".mim", "configs")
+        for file in sorted(root.rglob("*.py")):
+            if "_base_" not in file.relative_to(root).parts:
+                yield f"{scope}::{file.relative_to(root).as_posix()}"
+
+
+def classify(name: str) -> dict[str, Any]:
+    """Swaps and builds one config; returns its class, the reason for it, and the time that the swap took."""
+    try:
+        cfg = load_config(name)
+    except Exception as error:
+        return dict(outcome="original", reason=f"doesn't parse: {describe(error)[:200]}")
+    if not cfg.get("model"):
+        return dict(outcome="original", reason="the file has no model: it is a part of other configs")
+    facts = dict(model=str(cfg.model.get("type")), old=str((cfg.model.get("backbone") or {}).get("type")))
+    before = copy.deepcopy(cfg._cfg_dict)
+    wall, cpu = time.perf_counter(), time.process_time()
+    try:
+        swap = plan_swap(cfg, BACKBONE)
+    except SwapRefusedError as error:
+        return facts | dict(outcome="refused", reason=str(error))
+    except Exception as error:
+        return facts | _blame(cfg, error)
+    facts |= dict(seconds=time.perf_counter() - wall, cpu_seconds=time.process_time() - cpu)
+    if cfg._cfg_dict != before:
+        return facts | dict(outcome="failed", reason="the swap changed its input")
+    try:
+        build_on_meta(swap.cfg.model, swap.cfg.get("default_scope"))
+    except Exception as error:
+        return facts | _blame(cfg, error)
+    return facts | dict(outcome="built", notes=swap.notes)
+
+
+def _blame(cfg: Config, error: Exception) -> dict[str, Any]:
+    """Whose fault it is: the original's, if it doesn't build either."""
+    try:
+        build_on_meta(cfg.model, cfg.get("default_scope"))
+    except Exception as original:
+        return dict(outcome="original", reason=f"doesn't build: {describe(original)[:200]}")
+    return dict(outcome="failed", reason=describe(error)[:400], trace=traceback.format_exception(error)[-3:])
+
+
+def run_once(name: str, backbone: str) -> dict[str, Any]:
+    """One loss forward and backward of a swapped model on random pictures, on the CPU."""
+    cfg = load_config(name)
+    wall = time.perf_counter()
+    try:
+        cfg = plan_swap(cfg, backbone).cfg
+        fit_to_machine(cfg)
+        cfg.model.data_preprocessor.batch_augments = None
+        if "decode_head" in cfg.model:
+            cfg.model.data_preprocessor.update(size=(SIDE, SIDE), size_divisor=None)
+        torch.manual_seed(SEED)
+        with MODELS.switch_scope_and_registry(cfg.default_scope) as registry:
+            model = registry.build(cfg.model)
+            model.train()
+            _check_gradients(model, _loss(model, cfg))
+    except Exception as error:
+        trace = traceback.format_exception(error)[-3:]
+        return dict(runs=False, backbone=backbone, reason=describe(error)[:400], trace=trace)
+    return dict(runs=True, backbone=backbone, seconds=time.perf_counter() - wall)
+
+
+def _loss(model: Any, cfg: Config) -> torch.Tensor:
+    if "decode_head" in cfg.model:
+        head = cfg.model.decode_head[-1] if isinstance(cfg.model.decode_head, list) else cfg.model.decode_head
+        classes = head.num_classes if "num_classes" in head else head.kernel_generate_head.num_classes
+        batch = random_segmentation_batch(SEED, classes)
+    else:
+        batch = random_detection_batch(SEED)
+    data = model.data_preprocessor(batch, training=True)
+    loss, _ = model.parse_losses(model.loss(data["inputs"], data["data_samples"]))
+    return loss
+
+
+def _check_gradients(model: Any, loss: torch.Tensor) -> None:
+    """Every trained parameter of the backbone must have a gradient: distributed training refuses others."""
+    if not torch.isfinite(loss):
+        raise ArithmeticError(f"the loss is {loss.item()}")
+    loss.backward()
+    without = [name for name, p in model.backbone.named_parameters() if p.requires_grad and p.grad is None]
+    if without:
+        raise ArithmeticError(f"no gradient reaches the backbone's {', '.join(without[:4])} ({len(without)} in all)")
+
+
+def sweep(names: list[str], results: dict, key: str, work: Callable[[str], dict], save: Callable[[], None]) -> None:
+    """Does the work for each name that has no result yet."""
+    todo = [name for name in names if name not in results[key]]
+    for i, name in enumerate(todo, 1):
+        results[key][name] = work(name)
+        if i % SAVE_EVERY == 0 or i == len(todo):
+            save()
+            print(f"{key}: {i} of {len(todo)}, {len(results[key])} results", flush=True)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", required=True, metavar="FILE", help="JSON; read if it exists, then added to")
+    parser.add_argument("--runs", type=int, default=150, help="how many swapped models run forward and backward")
+    parser.add_argument("--match", default="", help="only configs with this text in their names")
+    parser.add_argument("--table", metavar="FILE", help="write the page with the counts here")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    # Models with a language model fetch it when they are built; nothing is downloaded here.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    file = Path(args.results)
+    results = json.loads(file.read_text()) if file.exists() else dict(configs={}, runs={})
+
+    def save() -> None:
+        file.write_text(json.dumps(results, indent=1) + "\n")
+
+    names = [name for name in shipped_configs() if args.match in name]
+    sweep(names, results, "configs", classify, save)
+    built = [name for name in names if results["configs"][name]["outcome"] == "built"]
+    chosen = random.Random(SEED).sample(built, min(args.runs, len(built)))
+    backbone_of = {name: RUN_BACKBONES[i % len(RUN_BACKBONES)] for i, name in enumerate(chosen)}
+    sweep(chosen, results, "runs", lambda name: run_once(name, backbone_of[name]), save)
+    if args.table:
+        configs = {name: results["configs"][name] for name in names}
+        write_page(Path(args.table), configs, {name: results["runs"][name] for name in chosen}, BACKBONE, SEED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The maps that a backbone returns: measured on the one that goes, chosen from the one that comes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nat_dense.mm.meta import build_on_meta
+from nat_dense.mm.swap.refusals import IMAGE_CHANNELS, SwapRefusedError, type_name
+
+STRIDES = (4, 8, 16, 32)
+"""Of the stages of NAT, DiNAT and DiNAT_s, in pixels."""
+
+SIDE = 128
+"""Of the measured picture in pixels: a power of two, so that every stride divides it. Some vision transformers take no
+other size than their `img_size`."""
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """One output of a backbone: its channels, and how many pixels of the image one step in it is."""
+
+    channels: int
+    stride: int
+
+
+def measure(backbone: dict, scope: str | None) -> list[FeatureMap]:
+    """Measures what a backbone returns, by sending shapes through it (no weights, no computation where possible).
+
+    Args:
+        backbone: The config of any backbone that the scope's registry knows. Not changed.
+        scope: The library, "mmdet" or "mmseg".
+
+    Raises:
+        ValueError: It can't be built or run here.
+        SwapRefusedError: It returns something other than maps [B, C, H, W].
+    """
+    name = type_name(backbone)
+    try:
+        size = _image_size(backbone)
+        outputs = _run(build_on_meta(backbone, scope), size)
+    except Exception as error:
+        raise ValueError(f"the original backbone {name} doesn't build or run here: {error}") from error
+    if isinstance(outputs, Tensor):
+        outputs = (outputs,)
+    if not outputs or not all(isinstance(m, Tensor) and m.dim() == 4 for m in outputs):
+        raise SwapRefusedError(f"{name} returns something other than maps of features, on which its heads depend.")
+    return [FeatureMap(m.shape[1], size[0] // m.shape[2]) for m in outputs]
+
+
+def _image_size(backbone: dict) -> tuple[int, int]:
+    size = backbone.get("img_size") or SIDE
+    return (size, size) if isinstance(size, int) else (size[0], size[-1])
+
+
+def _run(module: nn.Module, size: tuple[int, int]) -> Any:
+    module.eval()
+    picture = torch.zeros(1, IMAGE_CHANNELS, *size, device="meta")
+    with torch.no_grad():
+        try:
+            return module(picture)
+        except (RuntimeError, NotImplementedError, TypeError):
+            # MMCV's own operators (deformable convolutions) know no meta tensors.
+            module = module.to_empty(device="cpu")
+            for tensor in (*module.parameters(), *module.buffers()):
+                tensor.zero_()
+            return module(torch.zeros_like(picture, device="cpu"))
+
+
+def choose_stages(maps: Sequence[FeatureMap], segments: bool) -> list[int]:
+    """Which stage of the new backbone takes the place of each map of the old one.
+
+    Detectors tie boxes to strides (anchors, points, RoI levels): they get the stage of the same stride. Segmentation
+    heads resize what they get: the deepest map is replaced by the deepest stage, and those before it by stages in
+    order, of the same stride where that is free.
+
+    Args:
+        maps: Of the old backbone, in order.
+        segments: Whether the model is a segmentor.
+
+    Returns:
+        One stage (0 .. 3) a map, ascending.
+
+    Raises:
+        SwapRefusedError: There is no stage for a map.
+    """
+    strides = [m.stride for m in maps]
+    if not segments:
+        if strides != sorted(set(strides)) or not set(strides) <= set(STRIDES):
+            raise SwapRefusedError(
+                f"the heads expect maps of strides {strides}; the new backbone gives one map each of {list(STRIDES)}."
+            )
+        return [STRIDES.index(stride) for stride in strides]
+    if len(maps) > len(STRIDES):
+        raise SwapRefusedError(f"the old backbone returns {len(maps)} maps; the new one has {len(STRIDES)} stages.")
+    stages: list[int] = []
+    for i, stride in enumerate(strides):
+        by_stride = round(math.log2(stride / STRIDES[0])) if stride else 0
+        lowest = stages[-1] + 1 if stages else 0
+        stages.append(min(max(by_stride, lowest), len(STRIDES) - len(maps) + i))
+    stages[-1] = len(STRIDES) - 1
+    return stages
