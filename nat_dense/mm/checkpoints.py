@@ -5,15 +5,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.logging import HistoryBuffer
 from mmengine.runner import find_latest_checkpoint
 from torch import nn
 
-from nat_dense.checkpoints import Checkpoint, fetch, read
+from nat_dense.checkpoints import Checkpoint, fetch, read, runner_files
 
 EXPERIMENT_TIME = re.compile(r"_\d{8}_\d{6}$")
 """MMEngine names an experiment after its config file and the time of its start."""
@@ -28,10 +25,10 @@ class DropEmbeddedConfig(Hook):
 
 
 def refuse_pickled_code() -> None:
-    """Makes every `torch.load` of this process, MMEngine's included, refuse files that hold more than data.
+    """Makes this process refuse checkpoints that hold more than data, whoever loads them.
 
-    MMEngine falls back to full unpickling, which runs whatever code a file brings along; this environment variable of
-    PyTorch is what stops it. What MMEngine's own checkpoints hold (its loss history, NumPy scalars) is admitted.
+    MMEngine falls back to full unpickling, which runs whatever code a file brings along. Its files and URLs go through
+    `nat_dense.checkpoints` from now on; for every other `torch.load` an environment variable of PyTorch stops it.
 
     Raises:
         ValueError: the environment demands the opposite.
@@ -42,11 +39,7 @@ def refuse_pickled_code() -> None:
             "only)."
         )
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    # The forks admit these themselves; the original MMEngine does not, and could not resume from its own checkpoints.
-    dtypes = [type(np.dtype(name)) for name in ("float64", "int64", "uint32")]
-    rebuilders = [value.__reduce__()[0] for value in (np.empty(0), np.float64(0))]
-    admitted: list[Any] = [HistoryBuffer, np.ndarray, np.dtype, *dtypes, *rebuilders]
-    torch.serialization.add_safe_globals(admitted)
+    runner_files.install()
 
 
 def check_fits(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
