@@ -11,6 +11,7 @@ from mmengine.runner import find_latest_checkpoint
 from torch import nn
 
 from nat_dense.checkpoints import Checkpoint, fetch, read, runner_files
+from nat_dense.checkpoints.layout import unwrap
 
 EXPERIMENT_TIME = re.compile(r"_\d{8}_\d{6}$")
 """MMEngine names an experiment after its config file and the time of its start."""
@@ -56,7 +57,7 @@ def check_fits(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
         ValueError: weights are missing or have another shape; the first ones are named.
     """
     source = str(checkpoint.path)
-    found = {re.sub(r"^module\.", "", name): tensor for name, tensor in checkpoint.tensors.items()}
+    found, _ = unwrap(checkpoint.tensors)
     expected = model.state_dict()
     advice = "Use the config that it was trained with."
     unused = [name for name in found if name not in expected]
@@ -76,6 +77,39 @@ def check_fits(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
     return [f"{source!r}: {len(unused)} weights are not used by this model, such as {unused[0]!r}."] if unused else []
 
 
+def check_start(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
+    """Tells what weights to start from (`load_from`) leave untouched: MMEngine loads those that fit and goes on.
+
+    Args:
+        model: the model that the weights are for.
+        checkpoint: what `nat_dense.checkpoints.read` returned.
+
+    Returns:
+        Sentences for the user, about weights that start afresh and about those that are not used.
+
+    Raises:
+        ValueError: no weight fits.
+    """
+    source = str(checkpoint.path)
+    found, _ = unwrap(checkpoint.tensors)
+    expected = model.state_dict()
+    fresh = [name for name, value in expected.items() if name not in found or found[name].shape != value.shape]
+    unused = [name for name in found if name not in expected]
+    if len(fresh) == len(expected):
+        raise ValueError(
+            f"load_from={source!r}: none of its {len(found)} weights, such as {next(iter(found))!r}, is one of this "
+            "model's. Weights of a backbone alone belong into model.backbone.init_cfg=dict(type='Pretrained', "
+            "checkpoint=...)."
+        )
+    notices = [f"{len(fresh)} of {len(expected)} weights start afresh: {_some(fresh)}"] if fresh else []
+    notices += [f"{len(unused)} of its weights are not used: {_some(unused)}"] if unused else []
+    return [f"load_from={source!r}: {notice}." for notice in notices]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+
+
 def check_work_dir(cfg: Config, model: nn.Module) -> list[str]:
     """Checks that a training run neither continues another config's run nor overwrites one.
 
@@ -84,10 +118,10 @@ def check_work_dir(cfg: Config, model: nn.Module) -> list[str]:
         model: the model that the config builds.
 
     Returns:
-        Sentences for the user, such as that there is nothing to resume.
+        Sentences for the user, such as that there is nothing to resume, or what of `load_from` is not used.
 
     Raises:
-        FileNotFoundError: the checkpoint to resume from is gone.
+        FileNotFoundError: the checkpoint to resume or start from is gone.
         ValueError: the directory or the checkpoint belongs to another config or model, or a fresh run would overwrite
             checkpoints.
     """
@@ -99,7 +133,7 @@ def check_work_dir(cfg: Config, model: nn.Module) -> list[str]:
                 f"work-dir {str(work_dir)!r} already holds {len(present)} checkpoint(s), such as {present[0]!r}, that "
                 "a new run could overwrite. Go on with it (--resume), or choose another --work-dir."
             )
-        return []
+        return check_start(model, read(fetch(cfg.load_from))) if cfg.get("load_from") else []
     source = cfg.get("load_from") or find_latest_checkpoint(str(work_dir))
     if source is None:
         return [f"Nothing to resume in {str(work_dir)!r}: training starts from the beginning."]

@@ -151,3 +151,18 @@ def test_weights_alone_are_no_run_to_resume(tmp_path, model):
     torch.save(dict(state_dict=model.state_dict()), tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="no training state to resume"):
         check_work_dir(config(tmp_path, resume=True, load_from=str(tmp_path / "weights.pth")), model)
+
+
+def test_weights_to_start_from_are_accounted_for(tmp_path, model):
+    other = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(4), nn.Linear(1, 1))
+    source = save(tmp_path / "theirs.pth", other)
+    fresh, unused = check_work_dir(config(tmp_path / "new", load_from=source), model)
+    assert "4 of 7 weights start afresh: 1.weight, 1.bias, 1.running_mean, 1.running_var." in fresh
+    assert "2 of its weights are not used: 2.weight, 2.bias." in unused
+    assert check_work_dir(config(tmp_path / "new", load_from=save(tmp_path / "ours.pth", model)), model) == []
+
+
+def test_nothing_to_start_from_is_an_error(tmp_path, model):
+    torch.save({"levels.0.weight": torch.zeros(3)}, tmp_path / "backbone.pth")
+    with pytest.raises(ValueError, match=r"none of its 1 weights, .* into model.backbone.init_cfg"):
+        check_work_dir(config(tmp_path / "new", load_from=str(tmp_path / "backbone.pth")), model)
