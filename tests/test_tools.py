@@ -115,6 +115,47 @@ def test_resume_goes_on_where_the_run_stopped(segmentor, tmp_path):
     assert [read(file).extras["optimizer"]["state"][0]["step"] for file in files] == [2, 3]
 
 
+def test_a_config_in_its_work_dir_is_not_overwritten(segmentor, tmp_path):
+    options, _ = segmentor
+    once = ["train_cfg.max_iters=1", "default_hooks.checkpoint.interval=1"]
+    text = f"# mine\n_base_ = {SEGMENTOR!r}\n"
+    (tmp_path / "mine.py").write_text(text)
+    train([str(tmp_path / "mine.py"), "--work-dir", str(tmp_path), "--cfg-options", *options, *once])
+    assert (tmp_path / "mine.py").read_text() == text
+    (checkpoint,) = tmp_path.glob("*.pth")
+    assert read(checkpoint).extras["meta"]["experiment_name"].startswith("mine_")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        ("mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py", ["train_cfg.max_epochs=1"]),
+        (
+            "mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py",
+            ["train_cfg.max_iters=1", "train_cfg.val_interval=1"],
+        ),
+    ],
+)
+def test_configs_of_the_libraries_train_unchanged(config, options, tmp_path):
+    loaders = ("train_dataloader", "val_dataloader", "test_dataloader")
+    root = (write_coco if "mmdet" in config else write_ade)(tmp_path / "data", train=2, val=1)
+    options = [*options, "model.backbone.init_cfg=None", *(f"{loader}.dataset.data_root={root}" for loader in loaders)]
+    options += [f"{loader}.num_workers=0" for loader in loaders]
+    if "mmdet" in config:
+        annotations = root / "annotations" / "instances_val2017.json"
+        options += [f"{evaluator}.ann_file={annotations}" for evaluator in ("val_evaluator", "test_evaluator")]
+        options += ["train_dataloader.dataset.pipeline.2.scale=(96,64)"]
+        options += [f"{loader}.dataset.pipeline.1.scale=(96,64)" for loader in loaders[1:]]
+    else:
+        options += ["train_dataloader.dataset.pipeline.2.scale=(96,64)", "model.data_preprocessor.size=(64,64)"]
+        options += ["train_dataloader.dataset.pipeline.3.crop_size=(64,64)"]
+        options += [f"{loader}.dataset.pipeline.1.scale=(96,64)" for loader in loaders[1:]]
+    train([config, "--work-dir", str(tmp_path / "run"), "--cfg-options", *options])
+    (metrics,) = [line for line in scalars(tmp_path / "run") if "coco/bbox_mAP" in line or "mIoU" in line]
+    assert metrics["step"] == 1
+
+
 @pytest.mark.slow
 def test_a_seed_repeats_a_run(segmentor, tmp_path):
     options, run = segmentor

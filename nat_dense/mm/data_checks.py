@@ -144,6 +144,8 @@ def _sources(dataset: Any, name: str) -> Iterator[Source]:
 
 def _find_pictures(source: Source, checks: dict[str, str]) -> list[Picture]:
     root = source.cfg.get("data_root")
+    if source.cfg.get("backend_args") or "://" in (root or ""):
+        return []  # Remote storage: looking up every file would take longer than finding out.
     if root and not Path(root).is_dir():
         raise FileNotFoundError(
             f"{source.name}.data_root: no directory {root!r}. Set it with --cfg-options {source.name}.data_root=DIR."
@@ -256,7 +258,7 @@ def _check_evaluator(cfg: Config, name: str) -> None:
     evaluators = cfg.get(name) or []
     for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
         file = evaluator.get("ann_file")
-        if file and not Path(file).is_file():
+        if file and "://" not in file and not Path(file).is_file():
             raise FileNotFoundError(
                 f"{name}.ann_file: no file {file!r}. Set it with --cfg-options {name}.ann_file=FILE."
             )

@@ -1,6 +1,7 @@
 """From a config to a Runner that may start: the one way that every command takes."""
 
 import time
+from pathlib import Path
 from typing import Any, Literal
 
 from mmengine.config import Config
@@ -53,10 +54,19 @@ def build_runner(cfg: Config, mode: Literal["train", "test"] = "train", *, tta: 
         notices += enable_tta(cfg)
     for notice in notices:
         print(f"note: {notice}", flush=True)
+    cfg = _spare_config_file(cfg)
     _name_visualizer(cfg)
     runner: Any = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
     runner.register_hook(DropEmbeddedConfig())
     return runner
+
+
+def _spare_config_file(cfg: Config) -> Config:
+    """Keeps MMEngine from writing the expanded config over the user's own, where that lies in the work-dir."""
+    if not cfg.filename or Path(cfg.filename).resolve().parent != Path(cfg.work_dir).resolve():
+        return cfg
+    experiment = cfg.get("experiment_name") or Path(cfg.filename).stem
+    return Config(cfg.to_dict() | dict(experiment_name=experiment))
 
 
 def _name_visualizer(cfg: Config) -> None:

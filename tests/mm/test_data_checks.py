@@ -219,6 +219,14 @@ def test_misspelt_check(coco):
     assert "data_checks.bad_images='ignore': expected" in message(ValueError, coco[0])
 
 
+def test_remote_data_is_left_to_its_file_backend(coco):
+    cfg, _ = coco
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        loader.dataset.data_root = "s3://bucket/coco"
+    cfg.val_evaluator.ann_file = "s3://bucket/coco/annotations.json"
+    assert check_data(cfg, TRAIN) == []
+
+
 def test_unknown_dataset_type(coco):
     coco[0].train_dataloader.dataset.type = "CoocDataset"
     assert "no dataset type 'CoocDataset'" in message(ValueError, coco[0])
