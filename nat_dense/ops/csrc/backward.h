@@ -14,9 +14,10 @@ class Backward {
   using T = typename V::scalar;
 
  public:
-  Backward(const Call& call, const Item& item, const Partial& partial, Arena& arena)
+  Backward(const Call& call, const Item& item, const Item* next, const Partial& partial, Arena& arena)
       : call_(call),
         item_(item),
+        next_(next),
         partial_(partial),
         window_(call.rows.kernel * call.columns.kernel),
         slots_(call.rows.kernel + V::kRows - 1),
@@ -39,13 +40,13 @@ class Backward {
 
   static int64_t scratch(const Call& call) {
     Arena arena(nullptr);
-    Backward measure(call, Item{}, Partial{}, arena);
+    Backward measure(call, Item{}, nullptr, Partial{}, arena);
     return arena.used();
   }
 
-  static void run(const Call& call, const Item& item, const Partial& partial, void* memory) {
+  static void run(const Call& call, const Item& item, const Item* next, const Partial& partial, void* memory) {
     Arena arena(memory);
-    Backward pass(call, item, partial, arena);
+    Backward pass(call, item, next, partial, arena);
     for (int64_t i = 0; i < call.segment_count; ++i) pass.run(call.segments[i]);
   }
 
@@ -72,9 +73,8 @@ class Backward {
     const int64_t group = item_.group;
     clear(bias_sums_, segment.tile_count * (call_.needs_grad_bias ? bias_rows() * call_.columns.kernel * V::kLanes : 0));
     if (call_.pad_key) clear(pad_sums_, 2 * call_.dim * V::kLanes);
-    int64_t begin = item_.begin, end = item_.end;  // of the query rows that see a row of this item, or are one
-    while (begin > 0 && window_start(rows, group, begin - 1) + rows.kernel > item_.begin) --begin;
-    while (end < real_members(rows, group) && window_start(rows, group, end) < item_.end) ++end;
+    int64_t begin, end;
+    query_rows(item_, &begin, &end);
     int64_t finished = window_start(rows, group, begin), packed = finished;
     for (int64_t i = begin; i < end; i += V::kRows) {
       const RowBlock block(rows, group, i, end, V::kRows);
@@ -90,6 +90,7 @@ class Backward {
         pack_row<S>(call_.query, i + r, segment.query_column, segment.query_count, factor, query_.at(r), query_step_);
         pack_row<S>(call_.grad_out, i + r, segment.query_column, segment.query_count, T(1), grad_out_.at(r), query_step_);
       }
+      look_ahead(segment, block, end);
       for (int64_t t = 0; t < segment.tile_count; ++t) differentiate(block, segment, t);
       for (int64_t t = 0; t < segment.key_tile_count; ++t) {
         for (int r = 0; r < block.count; ++r) scatter(block, segment, segment.key_tiles[t], r);
@@ -97,6 +98,51 @@ class Backward {
     }
     for (; finished < packed; ++finished) flush(segment, finished);
     add_partials(segment);
+  }
+
+  // Query rows that see a row of this item, or are one.
+  void query_rows(const Item& item, int64_t* begin, int64_t* end) const {
+    const Axis& rows = call_.rows;
+    *begin = item.begin, *end = item.end;
+    while (*begin > 0 && window_start(rows, item.group, *begin - 1) + rows.kernel > item.begin) --*begin;
+    while (*end < real_members(rows, item.group) && window_start(rows, item.group, *end) < item.end) ++*end;
+  }
+
+  // The tokens that the next block packs and the gradients that it finishes: in this segment, the next, or the next
+  // item's first.
+  void look_ahead(const Segment& segment, const RowBlock& block, int64_t end) {
+    ahead_.start(segment.tile_count * 3 * (block.high - block.low));
+    const Segment* last = call_.segments + call_.segment_count - 1;
+    const int64_t following = block.begin + block.count;
+    if (following < end) {
+      const RowBlock next(call_.rows, item_.group, following, end, V::kRows);
+      look_ahead(item_, segment, next, block.high);
+      for (int64_t place = max_of(block.low, item_.begin); place < min_of(next.low, item_.end); ++place) {
+        add_ahead(call_.grad_key, sizeof(T), item_, place, segment.key_column, segment.key_count);
+        add_ahead(call_.grad_value, sizeof(T), item_, place, segment.key_column, segment.key_count);
+      }
+    } else if (&segment < last || next_) {
+      const Item& item = &segment < last ? item_ : *next_;
+      int64_t next_begin, next_end;
+      query_rows(item, &next_begin, &next_end);
+      look_ahead(item, &segment < last ? *(&segment + 1) : call_.segments[0],
+                 RowBlock(call_.rows, item.group, next_begin, next_end, V::kRows), 0);
+    }
+  }
+
+  void look_ahead(const Item& item, const Segment& segment, const RowBlock& block, int64_t packed) {
+    for (int64_t place = max_of(packed, block.low); place < block.high; ++place) {
+      add_ahead(call_.key, sizeof(S), item, place, segment.key_column, segment.key_count);
+      add_ahead(call_.value, sizeof(S), item, place, segment.key_column, segment.key_count);
+    }
+    for (int r = 0; r < block.count; ++r) {
+      add_ahead(call_.query, sizeof(S), item, block.begin + r, segment.query_column, segment.query_count);
+      add_ahead(call_.grad_out, sizeof(S), item, block.begin + r, segment.query_column, segment.query_count);
+    }
+  }
+
+  void add_ahead(const Map& map, int64_t size, const Item& item, int64_t place, const int64_t* columns, int64_t count) {
+    ahead_.add(map, size, item.batch, token_of(call_.rows, item.group, place), item.head, columns, count);
   }
 
   static void clear(T* p, int64_t count) {
@@ -117,16 +163,19 @@ class Backward {
     T* grad = grad_logit_.data + tile.first;
     const T* query = query_.data + tile.first;
     const T* grad_out = grad_out_.data + tile.first;
-    score<V>(block, tile, query, query_.row, query_step_, keys_, key_step_, dim, &bias_, weight, weight_.row, query_step_, kernel_columns);
-    score<V>(block, tile, grad_out, grad_out_.row, query_step_, values_, key_step_, dim, nullptr, grad, grad_logit_.row, query_step_, kernel_columns);
+    score<V>(block, tile, query, query_.row, query_step_, keys_, key_step_, dim, &bias_, weight, weight_.row, query_step_, kernel_columns, ahead_, dim * sizeof(S));
+    score<V>(block, tile, grad_out, grad_out_.row, query_step_, values_, key_step_, dim, nullptr, grad, grad_logit_.row, query_step_, kernel_columns, ahead_, dim * sizeof(S));
     for (int r = 0; r < block.count; ++r) softmax_gradient(block, segment, t, r);
-    gather<V>(block, tile, grad, grad_logit_.row, query_step_, keys_, key_step_, dim, grad_query_, dim * V::kLanes, kernel_columns);
+    gather<V>(block, tile, grad, grad_logit_.row, query_step_, keys_, key_step_, dim, grad_query_, dim * V::kLanes, kernel_columns, ahead_, dim * sizeof(S));
     for (int r = 0; r < block.count; ++r) {
       if (!owns(block.begin + r)) continue;
-      S* row = row_of<S>(call_.grad_query, item_.batch, token_of(call_.rows, item_.group, block.begin + r), item_.head);
-      unpack<V, false>(grad_query_ + r * dim * V::kLanes, V::kLanes, V::broadcast(T(call_.scale)), dim, row,
+      unpack<V, false>(grad_query_ + r * dim * V::kLanes, V::kLanes, V::broadcast(T(call_.scale)), dim, query_row(block, r),
                        call_.grad_query.column, segment.query_column + tile.first, tile.lanes);
     }
+  }
+
+  S* query_row(const RowBlock& block, int r) const {
+    return row_of<S>(call_.grad_query, item_.batch, token_of(call_.rows, item_.group, block.begin + r), item_.head);
   }
 
   void softmax_gradient(const RowBlock& block, const Segment& segment, int64_t t, int r) {
@@ -282,7 +331,9 @@ class Backward {
 
   const Call& call_;
   const Item& item_;
+  const Item* const next_;
   const Partial& partial_;
+  Ahead ahead_;
   const int64_t window_, slots_, key_step_, query_step_;
   const Bias<V> bias_;
   const Ring<T> keys_, values_, grad_keys_, grad_values_;  // by place, [dim][key positions]

@@ -146,7 +146,7 @@ template <class F>
 void each_item(const std::vector<Item>& items, int64_t scratch, F&& f) {
   at::parallel_for(0, static_cast<int64_t>(items.size()), 1, [&](int64_t begin, int64_t end) {
     const Tensor memory = at::empty({scratch}, at::kByte);
-    for (int64_t i = begin; i < end; ++i) f(items[i], memory.mutable_data_ptr());
+    for (int64_t i = begin; i < end; ++i) f(items[i], i + 1 < end ? &items[i + 1] : nullptr, memory.mutable_data_ptr());
   });
 }
 
@@ -161,7 +161,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   problem.call.lse = lse.mutable_data_ptr();
   const Call& call = problem.call;
   each_item(items_of(call, call.segment_count), problem.kernels.forward_scratch(call),
-            [&](const Item& item, void* memory) { problem.kernels.forward(call, item, memory); });
+            [&](const Item& item, const Item* next, void* memory) { problem.kernels.forward(call, item, next, memory); });
   return {out.to(query.scalar_type()), lse};
 }
 
@@ -199,8 +199,8 @@ std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& query, const 
   call.grad_value = map_of(grad_value);
   call.needs_grad_bias = rpb.has_value();
   Partials partials(call);
-  each_item(items_of(call, 1), problem.kernels.backward_scratch(call), [&](const Item& item, void* memory) {
-    problem.kernels.backward(call, item, partials.of_thread(), memory);
+  each_item(items_of(call, 1), problem.kernels.backward_scratch(call), [&](const Item& item, const Item* next, void* memory) {
+    problem.kernels.backward(call, item, next, partials.of_thread(), memory);
   });
   std::vector<Tensor> gradients = {grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype)};
   if (rpb) gradients.push_back(partials.bias.sum(0).to(rpb->scalar_type()));

@@ -96,7 +96,8 @@ NAT_DENSE_NOINLINE void mix_block(const Mix<V>& a, int column) {
   const int32_t* index = Straight ? nullptr : a.index + column * V::kLanes;
   T* out[R];
   for (int r = 0; r < R; ++r) out[r] = a.out[r];
-  for (int64_t d = 0; d < a.dim; ++d) {
+  const int64_t dim = a.dim, y_step = a.y_step, out_step = a.out_step;  // the stores might change `a`, for all it says
+  for (int64_t d = 0; d < dim; ++d) {
     const typename V::template Window<Straight> values(y);
     V sum[R];
 #pragma GCC unroll 8
@@ -110,9 +111,9 @@ NAT_DENSE_NOINLINE void mix_block(const Mix<V>& a, int column) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       sum[r].store(out[r]);
-      out[r] += a.out_step;
+      out[r] += out_step;
     }
-    y += a.y_step;
+    y += y_step;
   }
 }
 

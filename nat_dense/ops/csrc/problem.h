@@ -126,9 +126,9 @@ struct Kernels {
   int64_t slots;  // keys that one tile may reach; 0: any number
   int64_t rows;   // query rows that share a loaded key
   int64_t (*forward_scratch)(const Call&);  // bytes
-  void (*forward)(const Call&, const Item&, void* scratch);
+  void (*forward)(const Call&, const Item&, const Item* next, void* scratch);  // next: what follows, or null
   int64_t (*backward_scratch)(const Call&);
-  void (*backward)(const Call&, const Item&, const Partial&, void* scratch);
+  void (*backward)(const Call&, const Item&, const Item* next, const Partial&, void* scratch);
 };
 
 enum Storage { kFloat32, kBFloat16, kFloat64, kStorages };

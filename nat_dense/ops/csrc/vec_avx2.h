@@ -47,12 +47,20 @@ struct Avx2Vec {
     return {_mm256_blendv_ps(result.v, x.v, _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q))};
   }
 
+  // Keeps a value that several sums use in its register: compilers load it once more for each of them.
+  static NAT_DENSE_INLINE Avx2Vec held(Avx2Vec x) {
+#if defined(__GNUC__)
+    asm("" : "+x"(x.v));
+#endif
+    return x;
+  }
+
   template <bool Straight>
   struct Window {
     const float* row;
     explicit NAT_DENSE_INLINE Window(const float* row) : row(row) {}
     NAT_DENSE_INLINE Avx2Vec at(int column, const int32_t* index) const {
-      if constexpr (Straight) return load(row + column);
+      if constexpr (Straight) return held(load(row + column));
       const __m256i slots = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index + column * 8));
       return {_mm256_i32gather_ps(row, slots, 4)};
     }

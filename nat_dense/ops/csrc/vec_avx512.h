@@ -44,6 +44,14 @@ struct Avx512Vec {
     return fma(rest, polynomial(rest, kLog2), Avx512Vec{exponent});
   }
 
+  // Keeps a value that several sums use in its register: compilers load it once more for each of them.
+  static NAT_DENSE_INLINE Avx512Vec held(Avx512Vec x) {
+#if defined(__GNUC__)
+    asm("" : "+v"(x.v));
+#endif
+    return x;
+  }
+
   template <bool Straight>
   struct Window {
     const float* row;
@@ -55,7 +63,7 @@ struct Avx512Vec {
       }
     }
     NAT_DENSE_INLINE Avx512Vec at(int column, const int32_t* index) const {
-      if constexpr (Straight) return load(row + column);
+      if constexpr (Straight) return held(load(row + column));
       return {_mm512_permutex2var_ps(low, _mm512_loadu_si512(index + column * 16), high)};
     }
   };

@@ -1,6 +1,7 @@
 // What the forward and the backward pass share: scratch memory, rows of keys, and the padded part of a window.
 #pragma once
 
+#include "ahead.h"
 #include "micro.h"
 
 namespace nat_dense {
@@ -158,7 +159,8 @@ struct Bias {
 template <class V>
 void score(const RowBlock& block, const Tile& tile, const typename V::scalar* x, int64_t x_row, int64_t x_step,
            const Ring<typename V::scalar>& keys, int64_t key_step, int64_t dim, const Bias<V>* bias,
-           typename V::scalar* out, int64_t out_row, int64_t out_step, int64_t kernel_columns) {
+           typename V::scalar* out, int64_t out_row, int64_t out_step, int64_t kernel_columns, Ahead& ahead,
+           int64_t token_bytes) {
   Dot<V> a;
   a.x_step = x_step;
   a.y_step = key_step;
@@ -166,6 +168,7 @@ void score(const RowBlock& block, const Tile& tile, const typename V::scalar* x,
   a.dim = dim;
   a.tile = &tile;
   for (int64_t place = block.low; place < block.high; ++place) {
+    ahead.step(token_bytes);
     int first, last;
     block.viewers(place, &first, &last);
     for (int r = first; r < last; ++r) {
@@ -183,7 +186,7 @@ void score(const RowBlock& block, const Tile& tile, const typename V::scalar* x,
 template <class V>
 void gather(const RowBlock& block, const Tile& tile, const typename V::scalar* weight, int64_t weight_row,
             int64_t weight_step, const Ring<typename V::scalar>& values, int64_t value_step, int64_t dim,
-            typename V::scalar* out, int64_t out_row, int64_t kernel_columns) {
+            typename V::scalar* out, int64_t out_row, int64_t kernel_columns, Ahead& ahead, int64_t token_bytes) {
   Mix<V> a;
   a.weight_step = weight_step;
   a.y_step = value_step;
@@ -191,6 +194,7 @@ void gather(const RowBlock& block, const Tile& tile, const typename V::scalar* w
   a.dim = dim;
   a.index = tile.straight ? nullptr : tile.index;
   for (int64_t place = block.low; place < block.high; ++place) {
+    ahead.step(token_bytes);
     int first, last;
     block.viewers(place, &first, &last);
     for (int r = first; r < last; ++r) {
