@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import os
 import re
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -25,6 +24,7 @@ import torch
 
 from nat_dense.checkpoints.names import SHA256, URLS
 from nat_dense.checkpoints.reading import check_sha256
+from nat_dense.progress import ProgressLine
 
 CHUNK = 1 << 20
 TIMEOUT = 30.0
@@ -144,17 +144,13 @@ def _receive(url: str, partial: Path) -> None:
 
 
 def _copy(response: HTTPResponse, file: BinaryIO, start: int, total: int | None, url: str) -> None:
-    """Copies with a progress line on stderr, where that is a terminal."""
-    done, shown = start, 0.0
-    show = sys.stderr.isatty()
+    """Copies the rest of a file, and shows how far it is where its length is known."""
+    line = None if total is None else ProgressLine(f"MiB of {url}", -(-total // CHUNK), start // CHUNK)
     while chunk := response.read(CHUNK):
         file.write(chunk)
-        done += len(chunk)
-        if show and (time.monotonic() - shown > 0.2 or done == total):
-            shown = time.monotonic()
-            share = f"{100 * done / total:3.0f} % of {total / 1e6:.0f} MB" if total else f"{done / 1e6:.0f} MB"
-            print(f"\r{PurePosixPath(url).name}: {share}", end="", file=sys.stderr, flush=True)
-    if show:
-        print(file=sys.stderr)
+        if line:
+            line.advance()
+    if line:
+        line.close()
     file.flush()
     os.fsync(file.fileno())

@@ -149,9 +149,9 @@ class _Pair:
             return "replaced-head"
         if name.endswith(".num_batches_tracked"):
             return "batch-norm-counter"
-        if _OUTPUT_NORM.fullmatch(name.removeprefix(self.path)) and not any(
-            map(_OUTPUT_NORM.fullmatch, self.file_backbone)
-        ):
+        normless = not any(map(_OUTPUT_NORM.fullmatch, self.file_backbone))
+        # A whole detector was trained with its output norms: there, their absence is damage.
+        if normless and not self.path and _OUTPUT_NORM.fullmatch(name):
             return "fresh-output-norms"
         return None
 

@@ -316,6 +316,7 @@ def nothing_runs(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob(MARKER))
 
 
+@pytest.mark.filterwarnings("ignore:.*TorchScript archive")
 @pytest.mark.parametrize("name", BYTES)
 def test_bytes(tmp_path, model, name):
     content, message = BYTES[name]

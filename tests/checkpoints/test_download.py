@@ -6,11 +6,12 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from nat_dense import checkpoints
+from nat_dense import checkpoints, progress
 from nat_dense.checkpoints import download, names
 from nat_dense.models import NAT, variants
 from tests.checkpoints.files import TINY, tiny
@@ -58,7 +59,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(download, "time", SimpleNamespace(sleep=lambda seconds: None))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.files, server.requests, server.faults, server.tag = {"/a/model.pth": CONTENT}, [], [], '"v1"'
@@ -83,6 +84,17 @@ def test_file_lands_in_the_cache_once(server, tmp_path):
     assert checkpoints.fetch(f"{server.url}/a/model.pth") == path
     assert len(server.requests) == 1
     assert cached(server) == ["model.pth"]
+
+
+def test_progress(server, monkeypatch, capsys):
+    """A line every ten seconds where stderr is no terminal; here every reading of the clock is ten seconds later."""
+    server.files["/a/model.pth"] = bytes(3 * download.CHUNK + 1)
+    ticks = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    checkpoints.fetch(f"{server.url}/a/model.pth")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"MiB of {server.url}/a/model.pth: 1/4, 0:30 left"
+    assert lines[-1].startswith(f"MiB of {server.url}/a/model.pth: 4/4 in ")
 
 
 def test_equal_file_names_do_not_collide(server):
@@ -191,13 +203,19 @@ def test_table_of_published_names():
     assert set(names.SHA256) <= set(names.URLS)
 
 
-def test_two_processes_download_once(server):
-    code = "import sys\nfrom nat_dense.checkpoints import fetch\nprint(fetch(sys.argv[1]))"
-    command = [sys.executable, "-c", code, f"{server.url}/a/model.pth"]
-    runs = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    paths = {run.communicate()[0].strip() for run in runs}
-    assert len(paths) == 1
-    assert Path(paths.pop()).read_bytes() == CONTENT
+def test_two_at_once_download_once(server):
+    """The lock is one of the file system: it holds between processes as it does between these threads."""
+    paths = []
+    threads = [
+        threading.Thread(target=lambda: paths.append(checkpoints.fetch(f"{server.url}/a/model.pth"))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(paths) == 4
+    assert len(set(paths)) == 1
+    assert paths[0].read_bytes() == CONTENT
     assert len(server.requests) == 1
 
 

@@ -143,6 +143,14 @@ def test_missing_head_is_an_error(tmp_path):
         checkpoints.load(model, path)
 
 
+def test_a_detector_without_its_output_norms_is_damaged(tmp_path):
+    model = build(MASK_RCNN)
+    lost = [f"norm{i}.{kind}" for i in range(4) for kind in PARAMETERS]
+    path, _ = old_file(tmp_path / "old.pth", model, old_mask_rcnn(), drop=[f"backbone.{name}" for name in lost])
+    with pytest.raises(ValueError, match=r"8 missing: backbone.norm0.weight, backbone.norm0.bias"):
+        checkpoints.load(model, path)
+
+
 def test_a_backbone_alone_is_not_a_detector(tmp_path):
     torch.save(NAT("nano").state_dict(), tmp_path / "backbone.pth")
     with pytest.raises(
