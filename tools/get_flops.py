@@ -11,14 +11,15 @@ from pathlib import Path
 from mmengine.config import DictAction
 from rich.console import Console
 
-from nat_dense.mm.config import load_config
 from nat_dense.mm.errors import one_line_errors
 from nat_dense.mm.flops import count_config
+from nat_dense.mm.swap.command import add_swap_options, load_swapped
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a config file, or mmdet::FOLDER/NAME.py, mmseg::FOLDER/NAME.py")
+    add_swap_options(parser)
     parser.add_argument(
         "--shape",
         nargs=2,
@@ -37,7 +38,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     with one_line_errors("get_flops.py"):
-        cost = count_config(load_config(args.config, args.cfg_options), *args.shape)
+        cost = count_config(load_swapped(args), *args.shape)
         if args.json:
             Path(args.json).write_text(json.dumps({"config": args.config, **cost.as_dict()}, indent=2) + "\n")
     Console().print(cost.as_table())

@@ -9,15 +9,16 @@ from collections.abc import Sequence
 
 from mmengine.config import DictAction
 
-from nat_dense.mm.config import load_config
 from nat_dense.mm.errors import one_line_errors
 from nat_dense.mm.options import set_out, set_show_dir, set_work_dir
 from nat_dense.mm.runner import build_runner
+from nat_dense.mm.swap.command import add_swap_options, load_swapped
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a config file, or mmdet::FOLDER/NAME.py, mmseg::FOLDER/NAME.py")
+    add_swap_options(parser)
     parser.add_argument("checkpoint", help="a file or a URL")
     parser.add_argument(
         "--work-dir", help="where the log and the metrics go (default: work_dirs/ and the config's name)"
@@ -39,7 +40,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     args = parse_args(argv)
     with one_line_errors("test.py"):
-        cfg = load_config(args.config, args.cfg_options)
+        cfg = load_swapped(args)
         cfg.launcher = args.launcher
         cfg.load_from = args.checkpoint
         set_work_dir(cfg, args.work_dir)

@@ -2,6 +2,7 @@
 
 python tools/train.py configs/mask_rcnn/mask-rcnn_nat-tiny_fpn_8xb2-amp-ms-crop-3x_coco.py
 python tools/train.py mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py --cfg-options train_dataloader.batch_size=4
+python tools/train.py mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py --backbone nat-tiny --optimizer adamw
 """
 
 import argparse
@@ -9,15 +10,16 @@ from collections.abc import Sequence
 
 from mmengine.config import DictAction
 
-from nat_dense.mm.config import load_config
 from nat_dense.mm.errors import one_line_errors
 from nat_dense.mm.options import enable_amp, enable_auto_scale_lr, set_randomness, set_resume, set_work_dir
 from nat_dense.mm.runner import build_runner
+from nat_dense.mm.swap.command import add_swap_options, load_swapped
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a config file, or mmdet::FOLDER/NAME.py, mmseg::FOLDER/NAME.py")
+    add_swap_options(parser)
     parser.add_argument("--work-dir", help="where checkpoints and logs go (default: work_dirs/ and the config's name)")
     parser.add_argument(
         "--resume",
@@ -46,7 +48,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     with one_line_errors("train.py"):
-        cfg = load_config(args.config, args.cfg_options)
+        cfg = load_swapped(args)
         cfg.launcher = args.launcher
         set_work_dir(cfg, args.work_dir)
         set_resume(cfg, args.resume)

@@ -59,8 +59,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any
 def as_table(changes: Sequence[Change]) -> Table:
     """The changes, one a row, long values cut."""
     table = Table()
-    for title in ("field", "was", "is"):
-        table.add_column(title, overflow="fold")
+    table.add_column("field", no_wrap=True)
+    table.add_column("was", overflow="fold")
+    table.add_column("is", overflow="fold")
     for change in changes:
         table.add_row(change.path, _short(change.old), _short(change.new))
     return table

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Literal
 
 from mmengine.config import Config
@@ -75,7 +76,7 @@ def plan_swap(cfg: Config, backbone: str, optimizer: Literal["adamw"] | None = N
     if not isinstance(cfg.get("model"), dict):
         raise SwapRefusedError("the config has no model.")
     check_model(cfg.model)
-    new = copy.deepcopy(cfg)
+    new = _copy(cfg, backbone)
     notes = _swap_model(new, backbone)
     if new.get("optim_wrapper"):
         notes += adapt_decay(new.optim_wrapper)
@@ -85,6 +86,15 @@ def plan_swap(cfg: Config, backbone: str, optimizer: Literal["adamw"] | None = N
         notes += optimizer_hint(new, backbone)
     _import_nat_dense(new)
     return Swap(new, list(changes_between(cfg._cfg_dict, new._cfg_dict)), notes)
+
+
+def _copy(cfg: Config, backbone: str) -> Config:
+    """A copy under a name of its own, after which MMEngine's tools call the work-dir."""
+    new = copy.deepcopy(cfg)
+    if cfg.filename:
+        file = Path(cfg.filename)
+        new = Config(new._cfg_dict, cfg_text=cfg.text, filename=str(file.with_name(f"{file.stem}_{backbone}.py")))
+    return new
 
 
 def _swap_model(cfg: Config, backbone: str) -> list[str]:
