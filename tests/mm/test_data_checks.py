@@ -9,7 +9,7 @@ from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 
 from nat_dense.mm.config import load_config
-from nat_dense.mm.data_checks import check_data
+from nat_dense.mm.data_checks import _check_heads, _sources, check_data
 from tests.mm.small import (
     DETECTOR,
     SEGMENTOR,
@@ -212,6 +212,23 @@ def test_images_of_four_channels(coco):
     assert "has 4 channels, the model takes 3" in message(ValueError, cfg)
     cfg.train_dataloader.dataset.pipeline[0].color_type = "grayscale"
     assert "gives 1 channels, the model's data_preprocessor takes 3" in message(ValueError, cfg)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "mmdet::panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py",  # 80 things in the heads, 133 classes in the dataset
+        "mmdet::lvis/mask-rcnn_r50_fpn_sample1e-3_ms-1x_lvis-v1.py",
+        "mmdet::mm_grounding_dino/grounding_dino_swin-t_pretrain_obj365_goldg.py",  # 256 tokens
+        "mmseg::stdc/stdc1_4xb12-80k_cityscapes-512x1024.py",  # an auxiliary head for outlines
+    ],
+)
+def test_heads_that_count_other_things_are_left_alone(config):
+    cfg = load_config(config)
+    init_default_scope(cfg.default_scope)
+    for loader in TRAIN:
+        for source in _sources(cfg[loader].dataset, loader):
+            _check_heads(cfg.model, source)
 
 
 def test_misspelt_check(coco):
