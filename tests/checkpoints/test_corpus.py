@@ -12,6 +12,7 @@ import json
 import lzma
 import os
 import pickle
+import random
 import struct
 import tarfile
 import types
@@ -355,6 +356,26 @@ def test_the_name_does_not_matter(tmp_path, model):
     check(tmp_path / "safetensors-inside.pth", model, None)
     torch.save(STATE, tmp_path / "pytorch-inside.safetensors")
     checkpoints.load(model, tmp_path / "pytorch-inside.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_random_damage_is_refused_or_harmless(tmp_path, model, kind):
+    """Changed bytes in headers, pickles and tables may be refused or, where they are values, loaded; nothing else."""
+    whole = {"zip": ZIP, "legacy": LEGACY}.get(kind) or safe_bytes(tmp_path / "whole")
+    draw = random.Random(0)
+    outcomes = set()
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for _ in range(draw.choice([1, 4, 32])):
+            near = draw.randrange(8000)
+            damaged[draw.choice([near, len(whole) - 1 - near])] = draw.randrange(256)
+        (tmp_path / "file").write_bytes(damaged)
+        try:
+            checkpoints.load(model, tmp_path / "file")
+            outcomes.add("loaded")
+        except ValueError:
+            outcomes.add("refused")
+    assert "refused" in outcomes
 
 
 @pytest.mark.parametrize("low_byte", [0x80, 0x50, 0x3C])

@@ -59,7 +59,14 @@ def test_outputs_of_the_original(tmp_path, case, writer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case", ["variant_nat_mini_det", "variant_nat_small_det", "variant_dinat_tiny_det", "variant_dinat_s_tiny_det"]
+    "case",
+    [
+        "variant_nat_mini_det",
+        "variant_nat_small_det",
+        "variant_dinat_tiny_det",
+        "variant_dinat_large_seg",
+        "variant_dinat_s_tiny_det",
+    ],
 )
 def test_outputs_of_published_models(tmp_path, case):
     """From an old detector, by way of transformers where it has the model, to the original's output."""
@@ -68,7 +75,7 @@ def test_outputs_of_published_models(tmp_path, case):
     file = tmp_path / "detector.pth"
     if meta["family"] != "dinats":
         file = tmp_path / "hf"
-        options = dict(model_type="dinat", dilations="detection") if "dinat" in case else dict(model_type="nat")
+        options = dict(model_type="dinat", dilations="classification") if "dinat" in case else dict(model_type="nat")
         checkpoints.convert(tmp_path / "detector.pth", file, "hf", **options)
     pretrained = dict(type="Pretrained", checkpoint=str(file))
     model = golden.factory(meta["family"], meta["kwargs"] | dict(init_cfg=pretrained)).eval()
