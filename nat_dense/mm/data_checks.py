@@ -70,8 +70,11 @@ class Source:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        metainfo = self.cfg.get("metainfo") or {}
-        return tuple(metainfo.get("classes") or self.cls.METAINFO.get("classes") or ())
+        """The names of the classes; empty where only the annotations know them."""
+        given = (self.cfg.get("metainfo") or {}).get("classes")
+        if isinstance(given, str):  # MMEngine also takes a file with a class a line.
+            given = Path(given).read_text(encoding="utf-8").splitlines()
+        return tuple(given or self.cls.METAINFO.get("classes") or ())
 
     def argument(self, name: str) -> Any:
         """A field of the dataset: the config's, else the default of its class."""
@@ -245,6 +248,8 @@ def _check_heads(model: dict, source: Source) -> None:
     if source.reader not in (COCO_DATASET, SEGMENTATION_DATASET):
         return
     count = len(source.classes)
+    if not count:
+        return
     roi_head = model.get("roi_head") or {}
     for name in ("bbox_head", "mask_head", "decode_head", "auxiliary_head"):
         heads = roi_head.get(name) or model.get(name) or []

@@ -141,6 +141,13 @@ def test_classes_that_the_annotations_do_not_have(coco):
     assert "no category for the config's classes 'toothbrush'" in message(ValueError, cfg)
 
 
+def test_classes_from_a_file(coco, tmp_path):
+    cfg, _ = coco
+    (tmp_path / "classes.txt").write_text("date\nfig\n")
+    cfg.train_dataloader.dataset.metainfo = dict(classes=str(tmp_path / "classes.txt"))
+    assert "the config's: 'date', 'fig'." in message(ValueError, cfg)
+
+
 def test_classes_in_another_order(coco):
     cfg, root = coco
     edit_annotations(root, lambda c: c["categories"].reverse())
@@ -218,6 +225,7 @@ def test_images_of_four_channels(coco):
     "config",
     [
         "mmdet::panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py",  # 80 things in the heads, 133 classes in the dataset
+        "mmdet::v3det/faster_rcnn_r50_fpn_8x4_sample1e-3_mstrain_v3det_2x.py",  # the annotations name the classes
         "mmdet::lvis/mask-rcnn_r50_fpn_sample1e-3_ms-1x_lvis-v1.py",
         "mmdet::mm_grounding_dino/grounding_dino_swin-t_pretrain_obj365_goldg.py",  # 256 tokens
         "mmseg::stdc/stdc1_4xb12-80k_cityscapes-512x1024.py",  # an auxiliary head for outlines
