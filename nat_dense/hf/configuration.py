@@ -14,7 +14,9 @@ CLASSIFICATION_DILATIONS = ((1, 8, 1), (1, 4, 1, 4), (1, 2, 1, 2, 1, 2), (1, 1, 
 
 
 class NatConfig(BackboneConfigMixin, PretrainedConfig):
-    """Fields of a NAT; the defaults are those of NAT-Mini.
+    """Fields of a NAT.
+
+    The defaults are those of [shi-labs/nat-mini-in1k-224](https://huggingface.co/shi-labs/nat-mini-in1k-224).
 
     Args:
         patch_size: Pixels a token; 4, nothing else exists.
@@ -91,7 +93,9 @@ class NatConfig(BackboneConfigMixin, PretrainedConfig):
 
 
 class DinatConfig(NatConfig):
-    """Fields of a DiNAT; the defaults are those of DiNAT-Mini.
+    """Fields of a DiNAT.
+
+    The defaults are those of [shi-labs/dinat-mini-in1k-224](https://huggingface.co/shi-labs/dinat-mini-in1k-224).
 
     Args:
         dilations: By stage and layer; the default belongs to the default depths.

@@ -7,6 +7,7 @@ from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageC
 
 from nat_dense.hf import models
 from nat_dense.hf.configuration import DinatConfig, NatConfig
+from nat_dense.hf.versions import register_image_processor
 
 
 def register() -> None:
@@ -17,6 +18,7 @@ def register() -> None:
     """
     for config, name in ((NatConfig, "Nat"), (DinatConfig, "Dinat")):
         AutoConfig.register(config.model_type, config, exist_ok=True)
+        register_image_processor(config)
         theirs = getattr(transformers, config.__name__, None)
         for key in (config, theirs):
             if key is None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import PretrainedConfig
+import transformers
+from transformers import AutoImageProcessor, PretrainedConfig
+from transformers.utils import is_torchvision_available
 
 try:
     from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 except ImportError:  # before 5.0
     from transformers.utils.backbone_utils import BackboneConfigMixin, BackboneMixin
 
-__all__ = ["BackboneConfigMixin", "BackboneMixin", "init_backbone", "set_outputs"]
+__all__ = ["BackboneConfigMixin", "BackboneMixin", "init_backbone", "register_image_processor", "set_outputs"]
 
 
 def set_outputs(config: Any, out_features: list[str] | None, out_indices: Sequence[int] | None) -> None:
@@ -35,3 +37,13 @@ def init_backbone(backbone: Any, config: PretrainedConfig) -> None:
     """What `BackboneMixin` does in its constructor from 5.0 on, and had to be called for before."""
     if hasattr(backbone, "_init_backbone"):
         backbone._init_backbone(config)
+
+
+def register_image_processor(config_class: type[PretrainedConfig]) -> None:
+    """Gives a configuration the processor of ViT, which 5.0 no longer does for NAT: for files that don't name one."""
+    if not hasattr(transformers, "ViTImageProcessorPil"):
+        return
+    classes: dict[str, type] = {"pil": transformers.ViTImageProcessorPil}
+    if is_torchvision_available():
+        classes["torchvision"] = transformers.ViTImageProcessor
+    AutoImageProcessor.register(config_class, image_processor_classes=classes, exist_ok=True)

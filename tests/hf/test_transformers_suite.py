@@ -29,7 +29,6 @@ from transformers.models.auto import modeling_auto  # noqa: E402
 
 from nat_dense import hf  # noqa: E402
 
-
 LACKING = (
     ("generation.test_utils", "GenerationTesterMixin", type("GenerationTesterMixin", (), {})),
     ("exporters.test_export", "ExportTesterMixin", type("ExportTesterMixin", (), {})),
@@ -49,7 +48,7 @@ def _published_suite() -> dict[str, type]:
         setattr(module, name, value)
         sys.modules |= {parent.__name__: parent, module.__name__: module}
     # The suite imports transformers by the path of a checkout that it stands in.
-    with mock.patch("transformers.utils.direct_transformers_import", lambda path: transformers):
+    with mock.patch("transformers.utils.direct_transformers_import", return_value=transformers):
         from transformers_suite.test_backbone_common import BackboneTesterMixin
         from transformers_suite.test_configuration_common import ConfigTester
         from transformers_suite.test_modeling_common import ModelTesterMixin
@@ -96,13 +95,13 @@ class _Models(SUITE["model"]):
     test_pruning = False
     fx_compatible = False
 
-    def setUp(self):
+    def setUp(self):  # noqa: N802 (unittest names it)
         self.model_tester = Tester(self.family)
         self.config_tester = SUITE["config"](
             self,
             config_class=getattr(hf, f"{self.family}Config"),
             has_text_modality=False,
-            common_properties=["num_channels", "num_attention_heads"],
+            common_properties=["patch_size", "num_channels"],
             embed_dim=32,
         )
         # The suite tells by static lists of names, which 5.0 took NAT off, whether a class has a loss.
@@ -131,7 +130,7 @@ class _Models(SUITE["model"]):
 class _Backbones(SUITE["backbone"]):
     family = ""
 
-    def setUp(self):
+    def setUp(self):  # noqa: N802 (unittest names it)
         self.model_tester = Tester(self.family)
 
 
