@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nat_dense.checkpoints.keymaps import ModelType, to_hf
 from nat_dense.checkpoints.layout import Architecture, Layout, architecture_of
 from nat_dense.checkpoints.loading import Report, open_checkpoint
-from nat_dense.checkpoints.matching import check_finite, is_ema_copy, match
+from nat_dense.checkpoints.matching import Match, check_finite, is_ema_copy, match
 from nat_dense.checkpoints.reading import Checkpoint
 from nat_dense.checkpoints.writing import atomic, check_suffix, save
 from nat_dense.models import NAT, DiNAT_s, DiNATsClassifier, NATClassifier
@@ -56,14 +56,8 @@ def convert(
         FileNotFoundError: There is no such file, or no folder to write into.
         ValueError: The file is refused as in `load`, or can't be what is asked for.
     """
-    if to not in KINDS:
-        raise ValueError(f"to={to!r}: expected one of {', '.join(KINDS)}")
     target = Path(target)
-    folder = to == "hf" and target.suffix == ""
-    if not folder:
-        check_suffix(target)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"no folder {target.parent} to write {target.name} into")
+    folder = _check_target(target, to)
     checkpoint, layout = open_checkpoint(source, prefix=prefix, trust=trust, sha256=sha256, entry=entry)
     architecture = architecture_of(layout.backbone)
     head = "head.weight" in layout.backbone and to in ("classification", "hf")
@@ -75,39 +69,54 @@ def convert(
         check_finite(found.sources)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    tensors, left_out = found.sources, found.left_out
-    content = None
+    tensors = found.sources
     if to == "hf":
         model_type = _model_type(architecture, layout, model_type, needed=head or folder)
-        if folder:
-            content = _hf_config(architecture, kernel_size, model_type, dilations)
         tensors = to_hf(tensors, model_type if head else None)
     elif to == "mm":
-        tensors = {f"backbone.{name}": value for name, value in tensors.items()}
-        if layout.prefix == "backbone.":
-            for name, value in layout.others.items():
-                if is_ema_copy(name, [*tensors, *layout.others]):
-                    left_out[name] = "ema-copy"
-                else:
-                    tensors[name] = value
-                    del left_out[name]
-        content = {"meta": _mm_meta(checkpoint)}
+        tensors = _with_heads(found, layout)
     if folder:
+        config = _hf_config(architecture, kernel_size, model_type, dilations)
         target.mkdir(exist_ok=True)
         save(tensors, target / "model.safetensors")
         with atomic(target / "config.json") as part:
-            part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     else:
-        save(tensors, target, content=content)
+        save(tensors, target, content={"meta": _mm_meta(checkpoint)} if to == "mm" else None)
     return Report(
         source=str(source),
         kind=layout.kind,
         used=tuple(tensors),
         converted=found.converted,
         absent=found.absent,
-        left_out=left_out,
+        left_out=found.left_out,
         extras=tuple(map(str, checkpoint.extras)),
     )
+
+
+def _check_target(target: Path, to: str) -> bool:
+    """Whether the target is a folder; raises where it can't be written."""
+    if to not in KINDS:
+        raise ValueError(f"to={to!r}: expected one of {', '.join(KINDS)}")
+    folder = to == "hf" and target.suffix == ""
+    if not folder:
+        check_suffix(target)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"no folder {target.parent} to write {target.name} into")
+    return folder
+
+
+def _with_heads(found: Match, layout: Layout) -> dict[str, Tensor]:
+    """A detector's or segmentor's tensors, whose backbone has been matched; takes the others out of `left_out`."""
+    tensors = {f"backbone.{name}": value for name, value in found.sources.items()}
+    if layout.prefix != "backbone.":
+        return tensors
+    copies = {name for name in layout.others if is_ema_copy(name, [*tensors, *layout.others])}
+    others = {name: value for name, value in layout.others.items() if name not in copies}
+    found.left_out.update(dict.fromkeys(copies, "ema-copy"))
+    for name in others:
+        del found.left_out[name]
+    return tensors | others
 
 
 def _skeleton(architecture: Architecture, head: bool, kernel_size: int | None) -> nn.Module:

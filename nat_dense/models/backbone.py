@@ -212,9 +212,10 @@ class NeighborhoodBackbone(BaseModule):
         Raises:
             ValueError, FileNotFoundError: As `nat_dense.checkpoints.load`.
         """
-        from nat_dense.checkpoints.pretrained import through_this_door  # here, since it imports this module
+        if self.init_cfg:
+            from nat_dense.checkpoints.pretrained import through_this_door  # here, since it imports this module
 
-        self.init_cfg = through_this_door(self.init_cfg)
+            self.init_cfg = through_this_door(self.init_cfg)
         super().init_weights()
 
     def _frozen_modules(self) -> Iterator[nn.Module]:
