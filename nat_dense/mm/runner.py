@@ -1,5 +1,6 @@
 """From a config to a Runner that may start: the one way that every command takes."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -52,8 +53,10 @@ def build_runner(cfg: Config, mode: Literal["train", "test"] = "train", *, tta: 
     del model
     if tta:
         notices += enable_tta(cfg)
-    for notice in notices:
-        print(f"note: {notice}", flush=True)
+    # Every process of a launcher checks for itself; the first one speaks. The process group does not exist yet.
+    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+        for notice in notices:
+            print(f"note: {notice}", flush=True)
     cfg = _spare_config_file(cfg)
     _name_visualizer(cfg)
     runner: Any = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
