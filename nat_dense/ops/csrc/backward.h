@@ -188,11 +188,16 @@ class Backward {
     if (call_.pad_key) fill_pads(block, pads, r, weight, grad);
     const V lse = load_lse(block, segment, tile, r);
     V total = V::zero(), delta = V::zero();
-    for (int64_t i = 0; i < window_; ++i) {
-      const V p = exp2(V::load(weight + i * step) - lse);
-      p.store(weight + i * step);
-      total = total + p;
-      delta = fma(p, V::load(grad + i * step), delta);
+    for (int64_t i = 0; i < window_; i += call_.columns.kernel) {  // a sum per window row: fewer roundings in a chain
+      V row_total = V::zero(), row_delta = V::zero();
+      for (int64_t j = i; j < i + call_.columns.kernel; ++j) {
+        const V p = exp2(V::load(weight + j * step) - lse);
+        p.store(weight + j * step);
+        row_total = row_total + p;
+        row_delta = fma(p, V::load(grad + j * step), row_delta);
+      }
+      total = total + row_total;
+      delta = delta + row_delta;
     }
     delta = delta * reciprocal(total);  // 1 but for the rounding of lse, which would not cancel below
     for (int64_t i = 0; i < window_; ++i) {
@@ -218,7 +223,11 @@ class Backward {
     const T* value = static_cast<const T*>(call_.pad_value) + item_.head * dim;
     const V logit = dot_with_one<V>(query_.at(r) + pads.tile.first, query_step_, key, dim);
     pads.fill(weight, query_step_, logit, bias_.row(block.bias(r)), bias_.stride);
-    pads.fill(grad, query_step_, dot_with_one<V>(grad_out_.at(r) + pads.tile.first, query_step_, value, dim));
+    // Only differences of these products matter. Relative to the padded keys' own, which may carry nearly all of the
+    // weight, the others lose no digits.
+    const V padded = dot_with_one<V>(grad_out_.at(r) + pads.tile.first, query_step_, value, dim);
+    for (int64_t i = 0; i < window_; ++i) (V::load(grad + i * query_step_) - padded).store(grad + i * query_step_);
+    pads.fill(grad, query_step_, V::zero());
   }
 
   // Moves what the padded keys get into their sums, and what they give into the query's gradient.
