@@ -112,8 +112,8 @@ def _complete(url: str, partial: Path) -> None:
             reason = f"{error.code} {error.reason}"
         except (OSError, HTTPException) as error:
             reason = str(getattr(error, "reason", error)) or type(error).__name__
-    size = partial.stat().st_size if partial.exists() else 0
-    raise ConnectionError(f"{url}: {reason}. {size:,} bytes are kept; the same command resumes there")
+    kept = f". {partial.stat().st_size:,} bytes are kept; the same command resumes there" if partial.exists() else ""
+    raise ConnectionError(f"{url}: {reason}{kept}")
 
 
 def _receive(url: str, partial: Path) -> None:

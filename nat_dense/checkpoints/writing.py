@@ -28,7 +28,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
     # In the same folder, since a rename is atomic within a file system only.
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        part.touch()
+        mode = part.stat().st_mode
         yield part
+        part.chmod(mode)  # safetensors makes files that only their owner can read
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)

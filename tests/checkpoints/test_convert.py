@@ -184,6 +184,13 @@ def test_interrupted_writing_leaves_the_old_file_or_none(tmp_path, existing):
     assert [p.read_bytes() for p in tmp_path.iterdir()] == ([b"old"] if existing else [])
 
 
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pth"])
+def test_files_have_the_permissions_of_any_new_file(tmp_path, name):
+    (tmp_path / "any").touch()
+    save({"a": torch.zeros(1)}, tmp_path / name)
+    assert (tmp_path / name).stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
 def test_killed_process_leaves_the_old_file(tmp_path):
     """A process that dies without cleaning up (power, out of memory) can't have touched the target."""
     target = tmp_path / "x.pth"

@@ -165,7 +165,7 @@ def test_missing_file(server):
 def test_unreachable_server(server):
     server.shutdown()
     server.server_close()
-    with pytest.raises(ConnectionError, match="refused"):
+    with pytest.raises(ConnectionError, match=r"/a/model.pth: .*refused$"):
         checkpoints.fetch(f"{server.url}/a/model.pth")
 
 
