@@ -7,7 +7,7 @@ import torch
 from mmengine.structures import InstanceData, PixelData
 from torch import Tensor
 
-SIDE = 128
+SIDE = 64
 """Of the pictures in pixels."""
 
 BOXES = 3

@@ -55,7 +55,7 @@ SAMPLE = [
     "mmseg::fastfcn/fastfcn_r50-d32_jpu_enc_4xb2-80k_cityscapes-512x1024.py",
     "mmseg::knet/knet-s3_r50-d8_upernet_8xb2-adamw-80k_ade20k-512x512.py",
     "mmseg::mask2former/mask2former_r50_8xb2-90k_cityscapes-512x1024.py",
-    "mmseg::mobilenet_v3/mobilenet-v3-d8_lraspp_4xb4-320k_cityscapes-512x1024.py",
+    "mmseg::mobilenet_v2/mobilenet-v2-d8_deeplabv3plus_4xb2-80k_cityscapes-512x1024.py",
     "mmseg::ocrnet/ocrnet_hr18_4xb2-40k_cityscapes-512x1024.py",
     "mmseg::point_rend/pointrend_r50_4xb2-80k_cityscapes-512x1024.py",
     "mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py",
@@ -153,6 +153,15 @@ def test_dilated_c5_detector_gets_the_stage_of_its_stride():
     assert model.rpn_head.anchor_generator.strides == [16]
 
 
+def test_maps_that_a_neck_passes_through_get_the_new_widths():
+    cfg = load_config("mmseg::fastfcn/fastfcn_r50-d32_jpu_enc_4xb2-80k_cityscapes-512x1024.py")
+    assert cfg.model.decode_head.in_channels == [512, 1024, 2048]
+    model = swap_backbone(cfg, "nat-tiny").model
+    assert model.neck.in_channels == (128, 256, 512)
+    assert model.decode_head.in_channels == [128, 256, 2048]
+    assert (model.auxiliary_head.in_channels, model.auxiliary_head.in_index) == (256, 1)
+
+
 def test_normalisation_follows_the_published_weights():
     cfg = load_config("mmdet::faster_rcnn/faster-rcnn_r50-caffe_fpn_1x_coco.py")
     assert cfg.model.data_preprocessor.std == [1.0, 1.0, 1.0]
@@ -245,6 +254,7 @@ def test_adamw_has_the_published_settings_and_scales_the_schedules_lower_bound()
         ("mmdet::common/ms_3x_coco.py", "has no model"),
         ("mmseg::unet/unet-s5-d16_fcn_4xb4-160k_cityscapes-512x1024.py", "encoder and decoder in one"),
         ("mmseg::dpt/dpt_vit-b16_8xb2-160k_ade20k-512x512.py", "token sequences"),
+        ("mmseg::mobilenet_v3/mobilenet-v3-d8_lraspp_4xb4-320k_cityscapes-512x1024.py", "windows of 49 x 49"),
         ("mmseg::setr/setr_vit-l-mla_8xb1-160k_ade20k-512x512.py", "maps of one resolution"),
     ],
 )

@@ -16,9 +16,12 @@ from nat_dense.mm.swap.refusals import IMAGE_CHANNELS, SwapRefusedError, type_na
 STRIDES = (4, 8, 16, 32)
 """Of the stages of NAT, DiNAT and DiNAT_s, in pixels."""
 
-SIDE = 128
+SIDE = 64
 """Of the measured picture in pixels: a power of two, so that every stride divides it. Some vision transformers take no
 other size than their `img_size`."""
+
+COMPUTED_WEIGHTS = 80_000_000
+"""Backbones of fewer weights compute a small picture sooner than meta tensors tell its shapes."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class FeatureMap:
 
 
 def measure(backbone: dict, scope: str | None) -> list[FeatureMap]:
-    """Measures what a backbone returns, by sending shapes through it (no weights, no computation where possible).
+    """Measures what a backbone returns, by sending a small black picture, or only its shape, through it.
 
     Args:
         backbone: The config of any backbone that the scope's registry knows. Not changed.
@@ -60,16 +63,17 @@ def _image_size(backbone: dict) -> tuple[int, int]:
 
 def _run(module: nn.Module, size: tuple[int, int]) -> Any:
     module.eval()
-    picture = torch.zeros(1, IMAGE_CHANNELS, *size, device="meta")
     with torch.no_grad():
-        try:
-            return module(picture)
-        except (RuntimeError, NotImplementedError, TypeError):
-            # MMCV's own operators (deformable convolutions) know no meta tensors.
-            module = module.to_empty(device="cpu")
-            for tensor in (*module.parameters(), *module.buffers()):
-                tensor.zero_()
-            return module(torch.zeros_like(picture, device="cpu"))
+        if max(size) > SIDE or sum(p.numel() for p in module.parameters()) > COMPUTED_WEIGHTS:
+            try:
+                return module(torch.zeros(1, IMAGE_CHANNELS, *size, device="meta"))
+            except (RuntimeError, NotImplementedError, TypeError):
+                # MMCV's own operators (deformable convolutions) know no meta tensors.
+                pass
+        module = module.to_empty(device="cpu")
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.zero_()
+        return module(torch.zeros(1, IMAGE_CHANNELS, *size))
 
 
 def choose_stages(maps: Sequence[FeatureMap], segments: bool) -> list[int]:

@@ -54,6 +54,7 @@ NECKS_REFUSED: Mapping[str, str] = {
 }
 
 HEADS_REFUSED: Mapping[str, str] = {
+    "LRASPPHead": "it pools windows of 49 x 49, which a map of stride 32 is too small for",
     "DPTHead": "it reassembles the token sequences of a plain vision transformer",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,21 +20,22 @@ class Reader:
         path: Where it is, for messages.
         node: Its config; `rewire` changes it.
         key: The field with the widths it expects: an int, or a list in the order of `positions`.
-        positions: The maps it reads, by their place among the old backbone's.
+        positions: The maps it reads, by their place among the old backbone's; None for what comes from elsewhere.
         default_index: What it reads where it has no `in_index`; None for parts that have no such field.
     """
 
     path: str
     node: dict
     key: str
-    positions: list[int]
+    positions: Sequence[int | None]
     default_index: int | None = None
 
     def check(self, widths: Sequence[int]) -> None:
         """Raises SwapRefusedError where the field doesn't describe the old backbone's maps."""
         found = self.node[self.key]
-        expected = [widths[i] for i in self.positions]
-        if (list(found) if isinstance(found, (list, tuple)) else [found]) != expected:
+        listed = list(found) if isinstance(found, (list, tuple)) else [found]
+        expected = self._widths(widths, listed)
+        if listed != expected:
             raise SwapRefusedError(
                 f"{self.path}.{self.key} is {found}, but the maps of the old backbone that it seems to read have "
                 f"{expected} channels (all maps: {list(widths)})."
@@ -41,20 +43,27 @@ class Reader:
 
     def follow(self, widths: Sequence[int], kept: Sequence[int]) -> None:
         """Describes the new maps: `widths` by old position, of which only `kept` are still returned."""
-        new = [widths[i] for i in self.positions]
         old = self.node[self.key]
+        new = self._widths(widths, old if isinstance(old, (list, tuple)) else [old])
         # A head without convolutions of its own works in the width that it reads.
         if self.key == "in_channels" and self.node.get("num_convs") == 0:
             self.node["channels"] = sum(new)
         self.node[self.key] = type(old)(new) if isinstance(old, (list, tuple)) else new[0]
         if self.default_index is None:
             return
-        places = [list(kept).index(i) for i in self.positions]
+        places = [list(kept).index(i) for i in self.positions if i is not None]
         index = self.node.get("in_index", self.default_index)
         if isinstance(index, (list, tuple)):
             self.node["in_index"] = type(index)(places)
         elif index % len(kept) != places[0] or index >= len(kept):
             self.node["in_index"] = places[0]
+
+    def _widths(self, widths: Sequence[int], otherwise: Sequence[int]) -> list[int]:
+        """Of the maps it reads; of what comes from elsewhere, those of `otherwise`."""
+        return [
+            width if i is None else widths[i]
+            for i, width in itertools.zip_longest(self.positions, otherwise[: len(self.positions)])
+        ]
 
 
 def rewire(model: dict, old: Sequence[int], new: Sequence[int]) -> list[int]:
@@ -78,7 +87,7 @@ def rewire(model: dict, old: Sequence[int], new: Sequence[int]) -> list[int]:
         raise SwapRefusedError("no neck or head was found that reads the backbone's maps by in_channels.")
     for reader in readers:
         reader.check(old)
-    kept = sorted({i for reader in readers for i in reader.positions})
+    kept = sorted({i for reader in readers for i in reader.positions if i is not None})
     for reader in readers:
         reader.follow(new, kept)
     return kept
@@ -109,10 +118,11 @@ def _neck_readers(model: dict, neck: dict, widths: Sequence[int]) -> Iterator[Re
         positions = _drop_unread_levels(neck, positions)
     yield Reader(path, neck, "in_channels", positions)
     if type_name(neck) == "JPU":
-        # All its outputs but the last are the backbone's own maps.
+        # All its outputs but the last are the backbone's own maps, in their old places.
         for reader in _segmentation_readers(model, len(widths)):
-            if reader.positions != [len(widths) - 1]:
-                yield reader
+            reader.positions = [None if i == len(widths) - 1 else i for i in reader.positions]
+            reader.default_index = None
+            yield reader
 
 
 def _find(in_channels: Any, widths: Sequence[int], path: str) -> list[int]:
