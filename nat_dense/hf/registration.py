@@ -16,9 +16,9 @@ def register() -> None:
     transformers 4.57's classes need a NATTEN that no longer installs; 5 has no NAT, and a DiNAT whose forward fails
     or is wrong. A configuration of transformers' own classes leads to these models as well.
     """
+    register_image_processor(NatConfig)
     for config, name in ((NatConfig, "Nat"), (DinatConfig, "Dinat")):
         AutoConfig.register(config.model_type, config, exist_ok=True)
-        register_image_processor(config)
         theirs = getattr(transformers, config.__name__, None)
         for key in (config, theirs):
             if key is None:

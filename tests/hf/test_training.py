@@ -43,12 +43,14 @@ def test_every_parameter_learns(name):
 
 
 @pytest.mark.slow
-def test_compile():
-    model = build("NatForImageClassification")
-    compiled = torch.compile(model, fullgraph=True)
+def test_compiles_into_one_graph():
+    """And into a second one that any size of image uses."""
+    model = build("NatForImageClassification", depths=[1, 1], num_heads=[1, 2])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for size in ((40, 56), (33, 47)):
         image = golden.tensor("image", (1, 3, *size))
-        torch.testing.assert_close(compiled(image).logits, model(image).logits, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(image).logits, model(image).logits)
 
 
 def test_export():
