@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -45,7 +46,7 @@ def measure(root: str | Path, split: str) -> dict[str, float]:
     extent = np.array([max(a["bbox"][2:]) for a in things])
     occlusion = np.array([a["occlusion"] for a in things])
     area = np.array([a["area"] for a in things])
-    contrast = _contrasts(root, split, coco)
+    contrast = _contrasts(root, split)
     classes = Counter(a["category_id"] for a in things)
     files = sorted((root / "annotations" / split).glob("*.png"))
     labels = [cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) for path in files]
@@ -64,6 +65,7 @@ def measure(root: str | Path, split: str) -> dict[str, float]:
     ):
         for percentile in PERCENTILES:
             result[f"{name}: {percentile} % have less than"] = float(np.percentile(values, percentile))
+    result["% of things whose class the mean colour tells"] = 100 * _colour_accuracy(root, split)
     result["% of things hidden by more than a tenth"] = 100 * float(np.mean(occlusion > 0.1))
     result["% of things hidden by more than a third"] = 100 * float(np.mean(occlusion > 1 / 3))
     result["% of pixels that are ground"] = 100 * float(np.mean([np.mean(m == GROUND) for m in labels]))
@@ -73,21 +75,50 @@ def measure(root: str | Path, split: str) -> dict[str, float]:
     return result
 
 
-def _contrasts(root: Path, split: str, coco: dict) -> np.ndarray:
-    """[things]: how unlike a thing's rim its surroundings are, in CIELAB."""
+def _colour_accuracy(root: Path, split: str) -> float:
+    """Share of things whose mean colour in CIELAB is nearest to the median colour of its own class in training."""
+    colours, categories = _mean_colours(root, SPLITS[0])
+    medians = np.stack([np.median(colours[categories == number], axis=0) for number in range(1, len(CLASSES) + 1)])
+    colours, categories = _mean_colours(root, split)
+    nearest = 1 + np.linalg.norm(colours[:, None] - medians, axis=2).argmin(axis=1)
+    return float(np.mean(nearest == categories))
+
+
+def _mean_colours(root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """[things, 3] mean colours in CIELAB and [things] category ids."""
+    colours, categories = [], []
+    for image, things in _pictures(root, split):
+        for annotation, mask in things:
+            colours.append(image[mask].mean(axis=0))
+            categories.append(annotation["category_id"])
+    return lab(np.array(colours)), np.array(categories)
+
+
+def _pictures(root: Path, split: str) -> Iterator[tuple[np.ndarray, list[tuple[dict, np.ndarray]]]]:
+    """Each picture [H, W, 3] (BGR, 0..1), and its things but crowds with their masks [H, W] (bool)."""
+    coco = json.loads((root / "annotations" / f"instances_{split}.json").read_text())
     grouped = defaultdict(list)
     for annotation in coco["annotations"]:
         if not annotation["iscrowd"]:
             grouped[annotation["image_id"]].append(annotation)
-    kernel = np.ones((2 * RIM + 1, 2 * RIM + 1), np.uint8)
-    result = []
     for entry in coco["images"]:
         image = cv2.imread(str(root / "images" / split / entry["file_name"])).astype(np.float32) / 255
+        things = []
         for annotation in grouped[entry["id"]]:
             runs = coco_mask.frPyObjects(annotation["segmentation"], *image.shape[:2])
-            mask = coco_mask.decode(coco_mask.merge(runs))
-            inside = (mask > 0) & (cv2.erode(mask, kernel, borderValue=1) == 0)
-            outside = (mask == 0) & (cv2.dilate(mask, kernel) > 0)
+            things.append((annotation, coco_mask.decode(coco_mask.merge(runs)).astype(bool)))
+        yield image, things
+
+
+def _contrasts(root: Path, split: str) -> np.ndarray:
+    """[things]: how unlike a thing's rim its surroundings are, in CIELAB."""
+    kernel = np.ones((2 * RIM + 1, 2 * RIM + 1), np.uint8)
+    result = []
+    for image, things in _pictures(root, split):
+        for _, mask in things:
+            solid = mask.astype(np.uint8)
+            inside = mask & (cv2.erode(solid, kernel, borderValue=1) == 0)
+            outside = ~mask & (cv2.dilate(solid, kernel) > 0)
             if inside.any() and outside.any():
                 means = np.stack([image[inside].mean(axis=0), image[outside].mean(axis=0)])
                 result.append(float(np.linalg.norm(np.subtract(*lab(means)))))

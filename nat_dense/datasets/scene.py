@@ -1,12 +1,13 @@
 """Draws one labelled picture: textured ground, things of six shapes, and others that belong to no class.
 
-The outline alone tells the class. Things of all classes and clutter, which is of none, get their colours and textures
-from one distribution, so neither gives a class away; the ground is of a muted tone that things may have as
-well. Sizes, angles, proportions, contrast, light and noise vary, and things cover one another.
+The outline decides the class. Each class also has a usual colour and a usual texture, as things in the world do, but a
+share of its things looks otherwise, and clutter, which is of no class, may look like a thing of any: neither colour nor
+texture is enough. Sizes, angles, proportions, contrast, light and noise vary, and things cover one another.
 """
 
 from __future__ import annotations
 
+import colorsys
 import math
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ CLASSES = ("disc", "square", "triangle", "star", "cross", "ring")
 CLUTTER = ("blob", "stick", "corner", "half disc", "arc")
 TEXTURES = ("plain", "stripes", "checks", "dots", "clouds", "gradient")
 
+USUAL_COLOUR, USUAL_TEXTURE = 0.85, 0.6  # shares of a class's things that have its colour, its texture
+MIMICRY = 0.3  # share of clutter that is coloured and textured like a thing
 SCALE = (0.15, 0.55)  # diameter of a thing as a fraction of the picture's side, log-uniform
 THINGS = (3, 8)  # per picture; one that finds no place is left out
 MIN_VISIBLE = 0.35  # no thing is covered more than this leaves open
@@ -82,7 +85,8 @@ class _Canvas:
     def __init__(self, rng: np.random.Generator, size: int) -> None:
         self.rng = rng
         self.size = size
-        ground = _texture(rng, size, size, _ground_colour(rng), GROUND_DIFFERENCE)
+        kind = TEXTURES[rng.integers(len(TEXTURES))]
+        ground = _texture(rng, kind, size, size, _ground_colour(rng), GROUND_DIFFERENCE)
         self.image = ground  # [H, W, 3], float32 BGR in 0..1
         self.owner = np.full((size, size), NOBODY)
         self.categories: list[int] = []
@@ -98,7 +102,7 @@ class _Canvas:
             outline = _placed(rng, _outline(rng, CLASSES[category]), diameter)
             patch = _Patch(outline, self._position(diameter), self.size)
             if self._leaves_others_visible(patch):
-                self._paint(patch, self._register(category, patch.area, patch.centre, crowd=False))
+                self._paint(patch, self._register(category, patch.area, patch.centre, crowd=False), category)
                 return
 
     def add_clutter(self, scale: tuple[float, float]) -> None:
@@ -108,7 +112,8 @@ class _Canvas:
             outline = _placed(rng, _outline(rng, CLUTTER[rng.integers(len(CLUTTER))]), diameter)
             patch = _Patch(outline, self._position(diameter), self.size)
             if self._leaves_others_visible(patch):
-                self._paint(patch, NOBODY)
+                like = int(rng.integers(len(CLASSES))) if rng.random() < MIMICRY else None
+                self._paint(patch, NOBODY, like)
                 return
 
     def add_crowd(self) -> None:
@@ -120,7 +125,7 @@ class _Canvas:
             centre = middle + rng.normal(0, 0.08, 2) * self.size
             outline = _placed(rng, _outline(rng, CLASSES[category]), self.size * rng.uniform(0.04, 0.065))
             patch = _Patch(outline, centre, self.size)
-            self._paint(patch, identity)
+            self._paint(patch, identity, category)
             self.areas[identity] += patch.area
 
     def things(self) -> list[Thing]:
@@ -169,12 +174,19 @@ class _Canvas:
                     return False
         return True
 
-    def _paint(self, patch: _Patch, identity: int) -> None:
+    def _paint(self, patch: _Patch, identity: int, like: int | None) -> None:
+        """Draws a patch, coloured and textured like most things of a class or in any way."""
         if not patch.solid.any():
             return
+        rng = self.rng
         below = self.image[patch.rows, patch.columns]
-        colour = _colour_unlike(self.rng, below[patch.solid].mean(axis=0))
-        texture = _texture(self.rng, *patch.solid.shape, colour, DIFFERENCE)
+        if like is not None and rng.random() < USUAL_COLOUR:
+            colour = _usual_colour(rng, like)
+        else:
+            colour = _colour_unlike(rng, below[patch.solid].mean(axis=0))
+        usual = like is not None and rng.random() < USUAL_TEXTURE
+        kind = TEXTURES[like if usual else rng.integers(len(TEXTURES))]
+        texture = _texture(rng, kind, *patch.solid.shape, colour, DIFFERENCE)
         self.image[patch.rows, patch.columns] = below + patch.alpha[..., None] * (texture - below)
         self.owner[patch.rows, patch.columns][patch.solid] = identity
 
@@ -259,6 +271,12 @@ def _ground_colour(rng: np.random.Generator) -> np.ndarray:
     return (rng.uniform(0.2, 0.8) + rng.uniform(-0.15, 0.15, 3)).astype(np.float32)
 
 
+def _usual_colour(rng: np.random.Generator, category: int) -> np.ndarray:
+    """About the colour that most things of a class have: a sixth of the colour circle away from the next one's."""
+    red, green, blue = colorsys.hsv_to_rgb(category / len(CLASSES), 0.7, 0.8)
+    return np.clip(np.array([blue, green, red]) + rng.uniform(-0.15, 0.15, 3), 0.05, 0.95).astype(np.float32)
+
+
 def _colour_unlike(rng: np.random.Generator, other: np.ndarray) -> np.ndarray:
     """A colour at some least distance from another, so that what is drawn can be seen, if only just."""
     least = rng.uniform(*MIN_CONTRAST)
@@ -276,10 +294,9 @@ def lab(colours: np.ndarray) -> np.ndarray:
 
 
 def _texture(
-    rng: np.random.Generator, height: int, width: int, colour: np.ndarray, difference: tuple[float, float]
+    rng: np.random.Generator, kind: str, height: int, width: int, colour: np.ndarray, difference: tuple[float, float]
 ) -> np.ndarray:
     """[height, width, 3], float32: a pattern of two colours whose mean is about `colour`."""
-    kind = TEXTURES[rng.integers(len(TEXTURES))]
     pattern = _pattern(rng, kind, height, width)  # [height, width], -0.5..0.5
     other = rng.uniform(-1, 1, 3).astype(np.float32) * rng.uniform(*difference)
     return np.clip(colour + pattern[..., None].astype(np.float32) * other, 0, 1)
