@@ -102,6 +102,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
         ),
         train_dataset=Shapes(options.data, "training"),
         eval_dataset=Shapes(options.data, "validation"),

@@ -79,6 +79,14 @@ def draw_scene(rng: np.random.Generator, size: int) -> Scene:
     return Scene(canvas.photograph(), canvas.things())
 
 
+def draw_single(rng: np.random.Generator, size: int, outline: str) -> np.ndarray:
+    """A picture [size, size, 3], uint8 BGR, of one of CLASSES or CLUTTER near its middle; its outline alone tells."""
+    canvas = _Canvas(rng, size)
+    placed = _placed(rng, _outline(rng, outline), size * rng.uniform(0.4, 0.8))
+    canvas._paint(_Patch(placed, size * rng.uniform(0.4, 0.6, 2), size), NOBODY, like=None)
+    return canvas.photograph()
+
+
 class _Canvas:
     """The picture as it grows, and whose each pixel is."""
 
