@@ -6,10 +6,11 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+HF4 := .venv-hf4
 JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 SOURCES := setup.py setup.cfg pyproject.toml $(wildcard nat_dense/ops/csrc/*)
 
-.PHONY: quickstart test test-slow test-gpu lint format clean setup
+.PHONY: quickstart test test-slow test-gpu test-hf4 lint format clean setup
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python tools/quickstart.py
@@ -23,6 +24,15 @@ test-slow: $(VENV)/.installed
 # Needs torch and triton alone: runs with any Python that has them, `make test-gpu PYTHON=python3`.
 test-gpu:
 	$(PYTHON) -m pytest -m gpu tests/ops
+
+# transformers 4.57.6 is the last release with a NAT of its own. The native kernels are those of .venv: one torch.
+test-hf4: $(VENV)/.installed $(HF4)/.installed
+	$(HF4)/bin/python -m pytest tests/hf
+
+$(HF4)/.installed:
+	$(PYTHON) -m venv $(HF4)
+	$(HF4)/bin/python -m pip install "$(TORCH)" transformers==4.57.6 accelerate pillow pytest
+	@touch $@
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -44,7 +54,7 @@ $(VENV)/.torch:
 
 # onedl-mmcv compiles here the first time, for about ten minutes on two cores; pip keeps its wheel.
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	MAX_JOBS=$(JOBS) $(BIN)/python -m pip install --no-build-isolation --editable ".[mm,dev]"
+	MAX_JOBS=$(JOBS) $(BIN)/python -m pip install --no-build-isolation --editable ".[mm,dev,hf]"
 	@touch $@
 
 clean:
