@@ -1,4 +1,4 @@
-# A Swin of the depths, heads and channels of NAT-Nano, with the same start of its linear layers.
+# A Swin of the depths, heads and channels of NAT-Nano; MMDetection gives it no other start than its own.
 _base_ = './mask-rcnn_nat-nano_fpn_1xb8_shapes.py'
 
 model = dict(

@@ -49,7 +49,7 @@ def measure(root: str | Path, split: str) -> dict[str, float]:
     contrast = _contrasts(root, split)
     classes = Counter(a["category_id"] for a in things)
     files = sorted((root / "annotations" / split).glob("*.png"))
-    labels = [cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) for path in files]
+    labels = [_read(path, cv2.IMREAD_GRAYSCALE) for path in files]
     result: dict[str, float] = {
         "pictures": len(coco["images"]),
         "things per picture": len(things) / len(coco["images"]),
@@ -102,12 +102,19 @@ def _pictures(root: Path, split: str) -> Iterator[tuple[np.ndarray, list[tuple[d
         if not annotation["iscrowd"]:
             grouped[annotation["image_id"]].append(annotation)
     for entry in coco["images"]:
-        image = cv2.imread(str(root / "images" / split / entry["file_name"])).astype(np.float32) / 255
+        image = _read(root / "images" / split / entry["file_name"], cv2.IMREAD_COLOR).astype(np.float32) / 255
         things = []
         for annotation in grouped[entry["id"]]:
             runs = coco_mask.frPyObjects(annotation["segmentation"], *image.shape[:2])
             things.append((annotation, coco_mask.decode(coco_mask.merge(runs)).astype(bool)))
         yield image, things
+
+
+def _read(path: Path, flags: int) -> np.ndarray:
+    image = cv2.imread(str(path), flags)
+    if image is None:
+        raise FileNotFoundError(f"{path} is missing or no picture")
+    return image
 
 
 def _contrasts(root: Path, split: str) -> np.ndarray:

@@ -192,9 +192,12 @@ class _Canvas:
             colour = _usual_colour(rng, like)
         else:
             colour = _colour_unlike(rng, below[patch.solid].mean(axis=0))
-        usual = like is not None and rng.random() < USUAL_TEXTURE
-        kind = TEXTURES[like if usual else rng.integers(len(TEXTURES))]
-        texture = _texture(rng, kind, *patch.solid.shape, colour, DIFFERENCE)
+        if like is not None and rng.random() < USUAL_TEXTURE:
+            kind = TEXTURES[like]
+        else:
+            kind = TEXTURES[rng.integers(len(TEXTURES))]
+        height, width = patch.solid.shape
+        texture = _texture(rng, kind, height, width, colour, DIFFERENCE)
         self.image[patch.rows, patch.columns] = below + patch.alpha[..., None] * (texture - below)
         self.owner[patch.rows, patch.columns][patch.solid] = identity
 

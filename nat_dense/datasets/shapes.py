@@ -1,6 +1,6 @@
 """The shapes data set, generated: no download, labelled exactly, as hard as you like to look at.
 
-    python -m nat_dense.datasets.shapes OUT --train 1600 --val 200 --size 160 --seed 0
+    python -m nat_dense.datasets.shapes OUT --train 1600 --val 200 --size 128 --seed 0
 
 writes one folder that serves detection (COCO JSON) and segmentation (ADE20K folders) from the same pictures:
 

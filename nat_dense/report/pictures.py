@@ -110,10 +110,10 @@ def _draw(axes: Axes, image: np.ndarray, regions: list[Region], classes: Sequenc
     for region in regions:
         if region.box is not None and region.category >= 0:
             x0, y0, x1, y1 = region.box
-            colour = _colour(region.category, palette)
-            axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1))
+            edge = _colour(region.category, palette)
+            axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=1))
             text = classes[region.category] + ("" if region.score is None else f" {100 * region.score:.0f}")
-            box = {"facecolor": colour, "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
+            box = {"facecolor": edge, "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
             axes.text(x0, max(0, y0 - 1), text, fontsize=5, color="white", va="bottom", bbox=box, clip_on=True)
 
 
