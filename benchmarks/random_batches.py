@@ -14,8 +14,8 @@ BOXES = 3
 """Objects a picture."""
 
 
-def random_detection_batch(seed: int, size: int = 2) -> dict:
-    """Pictures with boxes, masks, a semantic map and proposals; all objects are of class 0."""
+def random_detection_batch(seed: int, masks: bool, size: int = 2) -> dict:
+    """Pictures with boxes, a semantic map, proposals and, if wanted, masks; all objects are of class 0."""
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
 
@@ -25,15 +25,17 @@ def random_detection_batch(seed: int, size: int = 2) -> dict:
         corners = torch.randint(0, SIDE // 2, (BOXES, 2), generator=generator)
         extents = torch.randint(SIDE // 4, SIDE // 2, (BOXES, 2), generator=generator)
         boxes = torch.cat([corners, corners + extents], dim=1)
-        masks = np.zeros((BOXES, SIDE, SIDE), dtype=np.uint8)
-        for mask, (left, top, right, bottom) in zip(masks, boxes.tolist(), strict=True):
+        pixels = np.zeros((BOXES, SIDE, SIDE), dtype=np.uint8)
+        for mask, (left, top, right, bottom) in zip(pixels, boxes.tolist(), strict=True):
             mask[top:bottom, left:right] = 1
         sample = DetDataSample(metainfo=dict(_metainfo(), img_id=i, scale_factor=(1.0, 1.0), flip=False))
         labels = torch.zeros(BOXES, dtype=torch.long)
-        sample.gt_instances = InstanceData(bboxes=boxes.float(), labels=labels, masks=BitmapMasks(masks, SIDE, SIDE))
+        sample.gt_instances = InstanceData(bboxes=boxes.float(), labels=labels)
+        if masks:
+            sample.gt_instances.masks = BitmapMasks(pixels, SIDE, SIDE)
         sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
         sample.proposals = InstanceData(bboxes=boxes.float(), scores=torch.ones(BOXES))
-        sample.gt_sem_seg = PixelData(sem_seg=torch.from_numpy(1 - masks.max(axis=0, keepdims=True)).long())
+        sample.gt_sem_seg = PixelData(sem_seg=torch.from_numpy(1 - pixels.max(axis=0, keepdims=True)).long())
         inputs.append(_picture(generator))
         samples.append(sample)
     return dict(inputs=inputs, data_samples=samples)

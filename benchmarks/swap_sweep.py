@@ -119,10 +119,17 @@ def _loss(model: Any, cfg: Config) -> torch.Tensor:
         classes = head.num_classes if "num_classes" in head else head.kernel_generate_head.num_classes
         batch = random_segmentation_batch(SEED, classes)
     else:
-        batch = random_detection_batch(SEED)
+        batch = random_detection_batch(SEED, masks=_loads_masks(cfg.train_dataloader))
     data = model.data_preprocessor(batch, training=True)
     loss, _ = model.parse_losses(model.loss(data["inputs"], data["data_samples"]))
     return loss
+
+
+def _loads_masks(node: Any) -> bool:
+    """Whether the training pipeline loads masks; some losses behave differently where there are any."""
+    if isinstance(node, dict):
+        return bool(node.get("with_mask")) or any(_loads_masks(value) for value in node.values())
+    return isinstance(node, (list, tuple)) and any(_loads_masks(value) for value in node)
 
 
 def _check_gradients(model: Any, loss: torch.Tensor) -> None:

@@ -26,12 +26,13 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import init_default_scope
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from nat_dense.mm.meta import build_on_meta
 from nat_dense.ops.flops import bias_additions
 
 MAC_KINDS = ("convolution", "matmul", "na2d")
@@ -129,16 +130,7 @@ def count_config(cfg: Config, height: int, width: int) -> Cost:
     if not cfg.get("model"):
         raise ValueError("the config has no model; expected a config of a detector or a segmentor")
     init_default_scope(cfg.get("default_scope", "mmengine"))
-    return count_model(_build_on_meta(cfg.model), height, width)
-
-
-def _build_on_meta(model: dict) -> nn.Module:
-    try:
-        with torch.device("meta"):
-            return MODELS.build(model)
-    except (RuntimeError, NotImplementedError):
-        # Some constructors read a tensor's values (Swin its drop path rates), which only a real device has.
-        return MODELS.build(model).to("meta")
+    return count_model(build_on_meta(cfg.model), height, width)
 
 
 def count_model(model: nn.Module, height: int, width: int) -> Cost:

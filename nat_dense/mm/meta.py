@@ -27,12 +27,16 @@ def build_on_meta(node: dict, scope: str | None = None) -> nn.Module:
         scope: The library whose registry knows the type ("mmdet", "mmseg"); the active one where None.
 
     Returns:
-        The module, in training mode, with parameters and buffers on the meta device.
+        The module with parameters and buffers on the meta device.
     """
     with MODELS.switch_scope_and_registry(scope) as registry:
         # Imports the scope's modules, which make tensors of their own, before the device changes.
         if isinstance(node.get("type"), str):
             registry.get(node["type"])
-        with torch.device("meta"), _RatesOnCpu():
+        try:
+            with torch.device("meta"), _RatesOnCpu():
+                module = registry.build(node)
+        except (RuntimeError, NotImplementedError):
+            # A constructor that reads the values of some other tensor; only a real device has them.
             module = registry.build(node)
     return module.to("meta")

@@ -1,7 +1,10 @@
 """The backbone swap on shipped configs: models are built on the meta device, so nothing is downloaded or computed."""
 
 import copy
+import os
 import random
+import subprocess
+import sys
 import time
 
 import pytest
@@ -17,7 +20,7 @@ from nat_dense.mm.meta import build_on_meta
 from nat_dense.mm.swap.changes import ABSENT, Change, as_table, changes_between, differences
 from nat_dense.mm.swap.maps import FeatureMap, choose_stages, measure
 from nat_dense.mm.swap.plan import BACKBONES
-from tests.mm.small import load_tool
+from tests.mm.small import REPOSITORY, load_tool
 
 MASK_RCNN = "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py"
 PSPNET = "mmseg::pspnet/pspnet_r101-d8_4xb2-40k_cityscapes-512x1024.py"
@@ -155,11 +158,20 @@ def test_dilated_c5_detector_gets_the_stage_of_its_stride():
 
 def test_maps_that_a_neck_passes_through_get_the_new_widths():
     cfg = load_config("mmseg::fastfcn/fastfcn_r50-d32_jpu_enc_4xb2-80k_cityscapes-512x1024.py")
+    cfg.model.decode_head.add_lateral = True
     assert cfg.model.decode_head.in_channels == [512, 1024, 2048]
     model = swap_backbone(cfg, "nat-tiny").model
     assert model.neck.in_channels == (128, 256, 512)
     assert model.decode_head.in_channels == [128, 256, 2048]
     assert (model.auxiliary_head.in_channels, model.auxiliary_head.in_index) == (256, 1)
+
+
+def test_maps_that_an_encoding_head_ignores_are_not_computed():
+    cfg = load_config("mmseg::encnet/encnet_r50-d8_4xb2-40k_cityscapes-512x1024.py")
+    assert (cfg.model.decode_head.in_channels, cfg.model.decode_head.in_index) == ([512, 1024, 2048], (1, 2, 3))
+    model = swap_backbone(cfg, "nat-tiny").model
+    assert model.backbone.out_indices == (2, 3)
+    assert (model.decode_head.in_channels, model.decode_head.in_index) == ([512], (1,))
 
 
 def test_normalisation_follows_the_published_weights():
@@ -340,6 +352,20 @@ class TestTool:
         assert written.custom_imports.imports == ["nat_dense"]
         expected = swap_backbone(load_config(PSPNET), "nat-mini")
         assert written.to_dict() == expected.to_dict()
+
+    @pytest.mark.slow
+    def test_a_process_that_knows_nothing_of_nat_dense_builds_the_written_config(self, tmp_path):
+        out = tmp_path / "config.py"
+        load_tool("swap_backbone").main([PSPNET, "--backbone", "nat-nano", "-o", str(out)])
+        program = (
+            "import sys; from mmengine.config import Config; from mmengine.registry import MODELS, init_default_scope\n"
+            "cfg = Config.fromfile(sys.argv[1]); init_default_scope(cfg.default_scope)\n"
+            "print(type(MODELS.build(cfg.model).backbone))"
+        )
+        environment = os.environ | dict(PYTHONPATH=str(REPOSITORY))
+        command = [sys.executable, "-c", program, str(out)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
+        assert "nat_dense.models.nat.NAT" in done.stdout
 
     def test_inherits_where_the_path_allows_it(self, tmp_path):
         out = tmp_path / "config.py"

@@ -163,6 +163,9 @@ def _segmentation_head_readers(path: str, head: dict, count: int) -> Iterator[Re
         yield from _segmentation_head_readers(f"{path}.kernel_generate_head", nested, count)
     if "in_channels" not in head:
         return
+    if type_name(head) == "EncHead" and not head.get("add_lateral") and "in_index" in head:
+        # Without lateral connections it takes only the last of the maps that it is given.
+        head.update({key: type(head[key])(head[key][-1:]) for key in ("in_channels", "in_index")})
     in_channels = head["in_channels"]
     if "in_index" not in head and isinstance(in_channels, (list, tuple)):
         yield Reader(path, head, "in_channels", list(range(count)))
