@@ -8,22 +8,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 HF4 := .venv-hf4
 JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+# Two processes of one thread: the tests are many and small, and each process imports the mm packages once.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 SOURCES := setup.py setup.cfg pyproject.toml $(wildcard nat_dense/ops/csrc/*)
 
-.PHONY: quickstart test test-slow test-gpu test-hf4 lint format clean setup
+.PHONY: quickstart test test-slow test-hf4 lint format clean setup
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python tools/quickstart.py
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "slow and not gpu"
-
-# Needs torch and triton alone: runs with any Python that has them, `make test-gpu PYTHON=python3`.
-test-gpu:
-	$(PYTHON) -m pytest -m gpu tests/ops
+	$(PYTEST) -m slow
 
 # transformers 4.57.6 is the last release with a NAT of its own. The native kernels are those of .venv: one torch.
 test-hf4: $(VENV)/.installed $(HF4)/.installed
