@@ -297,7 +297,7 @@ class Backward {
   }
 
   static const T* gather_weights(const KeyTile& tile, const T* weight, T* out) {
-    for (int i = 0; i < tile.columns * V::kLanes; ++i) out[i] = tile.weight[i] < 0 ? T(0) : weight[tile.weight[i]];
+    for (int i = 0; i < tile.columns * V::kLanes; i += V::kLanes) V::gather(weight, tile.weight + i).store(out + i);
     return out;
   }
 

@@ -21,9 +21,9 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kBiasStride = 32;         // holds 2 * 13 - 1 columns, and all that a Window reads
+constexpr int64_t kBiasStride = 32;            // holds 2 * 13 - 1 columns, and all that a Window reads
 constexpr int64_t kForwardCache = 512 << 10;   // bytes of packed rows that should stay in a core's second-level cache
-constexpr int64_t kBackwardCache = 768 << 10;
+constexpr int64_t kBackwardCache = 1024 << 10;
 
 // What this processor can run, the fastest first. torch knows; ATEN_CPU_CAPABILITY lowers it for both.
 std::vector<std::string> instruction_sets() {

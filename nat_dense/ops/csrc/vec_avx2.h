@@ -66,6 +66,13 @@ struct Avx2Vec {
     }
   };
 
+  // p[index] lane by lane; 0 where the index is negative.
+  static NAT_DENSE_INLINE Avx2Vec gather(const float* p, const int32_t* index) {
+    const __m256i slots = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index));
+    const __m256i valid = _mm256_cmpgt_epi32(slots, _mm256_set1_epi32(-1));
+    return {_mm256_mask_i32gather_ps(_mm256_setzero_ps(), p, slots, _mm256_castsi256_ps(valid), 4)};
+  }
+
   static NAT_DENSE_INLINE void transpose(Avx2Vec (&r)[8]) {
     __m256 pairs[8], quads[8];
 #pragma GCC unroll 8

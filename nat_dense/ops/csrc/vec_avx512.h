@@ -68,6 +68,13 @@ struct Avx512Vec {
     }
   };
 
+  // p[index] lane by lane; 0 where the index is negative.
+  static NAT_DENSE_INLINE Avx512Vec gather(const float* p, const int32_t* index) {
+    const __m512i slots = _mm512_loadu_si512(index);
+    const __mmask16 valid = _mm512_cmpge_epi32_mask(slots, _mm512_setzero_si512());
+    return {_mm512_mask_i32gather_ps(_mm512_setzero_ps(), valid, slots, p, 4)};
+  }
+
   static NAT_DENSE_INLINE void transpose(Avx512Vec (&r)[16]) {
     __m512 pairs[16], quads[16];
 #pragma GCC unroll 16

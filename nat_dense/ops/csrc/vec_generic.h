@@ -2,7 +2,7 @@
 //
 // Every vector type of this folder offers the same members, and the algorithm is written on those alone:
 //   scalar, kLanes, kSlots, kRows, kColumns; zero, broadcast, load, store; + - *, fma, max; exp2, log2;
-//   Window<straight>: the keys of a tile, column by column; transpose; load_part, store_part (with conversion).
+//   Window<straight>: the keys of a tile, column by column; gather; transpose; load_part, store_part (with conversion).
 #pragma once
 
 #include <math.h>
@@ -128,6 +128,11 @@ struct GenericVec {
       return make([&](int i) { return row[index[column * N + i]]; });
     }
   };
+
+  // p[index] lane by lane; 0 where the index is negative.
+  static NAT_DENSE_INLINE GenericVec gather(const T* p, const int32_t* index) {
+    return make([&](int i) { return index[i] < 0 ? T(0) : p[index[i]]; });
+  }
 
   static void transpose(GenericVec (&rows)[N]) {
     for (int i = 0; i < N; ++i) {
