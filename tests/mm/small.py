@@ -130,6 +130,7 @@ def shrink(cfg: Config, root: Path) -> None:
         else:
             name = ("training", "validation")[split]
             dataset.update(data_prefix=dict(img_path=f"images/{name}", seg_map_path=f"annotations/{name}"))
+            dataset.update(img_suffix=".jpg", seg_map_suffix=".png")
         _shrink_sizes(dataset.pipeline)
     if cfg.model.data_preprocessor.get("size"):
         cfg.model.data_preprocessor.size = (64, 64)
