@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.logging import MessageHub
 from mmengine.registry import MODELS
 from random_batches import SIDE, random_detection_batch, random_segmentation_batch
 from swap_table import write_page
@@ -103,6 +105,8 @@ def run_once(name: str, backbone: str) -> dict[str, Any]:
         if "decode_head" in cfg.model:
             cfg.model.data_preprocessor.update(size=(SIDE, SIDE), size_divisor=None)
         torch.manual_seed(SEED)
+        # What a Runner tells the losses that warm up.
+        MessageHub.get_instance("swap_sweep").update_info("iter", 0)
         with MODELS.switch_scope_and_registry(cfg.default_scope) as registry:
             model = registry.build(cfg.model)
             model.train()
@@ -153,6 +157,9 @@ def sweep(names: list[str], results: dict[str, dict], runs: int, save: Callable[
             if built < runs and name not in ran:
                 ran[name] = run_once(name, RUN_BACKBONES[built % len(RUN_BACKBONES)])
             built += 1
+        if i == SAVE_EVERY:
+            # The libraries are imported by now; the collector need not look at what they hold again and again.
+            gc.freeze()
         if i % SAVE_EVERY == 0 or i == len(names):
             save()
             print(f"{i} of {len(names)} configs, {len(ran)} runs", flush=True)

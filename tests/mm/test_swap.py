@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError, distribution
 
 import pytest
 import torch
@@ -376,6 +377,19 @@ class TestTool:
         assert written.model.backbone.type == "DiNAT"
         assert written.model.backbone.dilations == "detection"
         assert "depth" not in written.model.backbone
+
+    def test_does_not_inherit_from_what_mmengine_alone_cannot_find(self, tmp_path, capsys):
+        try:
+            distribution("mmsegmentation")
+        except PackageNotFoundError:
+            pass
+        else:
+            pytest.skip("MMEngine finds mmseg:: here: the distribution is called mmsegmentation")
+        out = tmp_path / "config.py"
+        with pytest.raises(SystemExit, match="2"):
+            load_tool("swap_backbone").main([PSPNET, "--backbone", "nat-mini", "-o", str(out), "--inherit"])
+        assert "leave --inherit out" in capsys.readouterr().err
+        assert not out.exists()
 
     def test_inherits_from_a_file_by_a_relative_path(self, tmp_path):
         base, out = tmp_path / "a" / "base.py", tmp_path / "b" / "config.py"
