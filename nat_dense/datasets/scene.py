@@ -80,10 +80,11 @@ def draw_scene(rng: np.random.Generator, size: int) -> Scene:
 
 
 def draw_single(rng: np.random.Generator, size: int, outline: str) -> np.ndarray:
-    """A picture [size, size, 3], uint8 BGR, of one of CLASSES or CLUTTER near its middle; its outline alone tells."""
+    """A picture [size, size, 3], uint8 BGR, of one of CLASSES, coloured as in scenes, or of CLUTTER near its middle."""
     canvas = _Canvas(rng, size)
     placed = _placed(rng, _outline(rng, outline), size * rng.uniform(0.4, 0.8))
-    canvas._paint(_Patch(placed, size * rng.uniform(0.4, 0.6, 2), size), NOBODY, like=None)
+    like = CLASSES.index(outline) if outline in CLASSES else None
+    canvas._paint(_Patch(placed, size * rng.uniform(0.4, 0.6, 2), size), NOBODY, like)
     return canvas.photograph()
 
 
