@@ -57,12 +57,18 @@ def run(
     return {"out": out.detach()} | dict(zip(leaves, torch.autograd.grad(out, leaves.values(), grad_out), strict=True))
 
 
-def assert_close(found: dict, wanted: dict, tolerance: float) -> None:
-    """Largest difference relative to the value plus the standard deviation (of few values: the largest)."""
+def errors(found: dict, wanted: dict) -> dict[str, float]:
+    """Largest differences relative to the value plus the standard deviation (of few values: the largest)."""
     assert found.keys() == wanted.keys()
+    largest = {}
     for name, exact in wanted.items():
         size = max(exact.std().item() if exact.numel() > 8 else exact.abs().max().item(), 1e-2)
-        error = ((found[name].double() - exact).abs() / (size + exact.abs())).max().item()
+        largest[name] = ((found[name].double() - exact).abs() / (size + exact.abs())).max().item()
+    return largest
+
+
+def assert_close(found: dict, wanted: dict, tolerance: float) -> None:
+    for name, error in errors(found, wanted).items():
         assert error < tolerance, f"{name}: {error:.1e} (allowed {tolerance:.0e})"  # a NaN is not below either
 
 

@@ -8,7 +8,7 @@ import torch
 
 from nat_dense.ops import cpu, na2d
 from tests.ops.cases import Case
-from tests.ops.test_cpu import NAMES, TOLERANCE, VARIANTS, assert_close, needs_kernels, run
+from tests.ops.test_cpu import NAMES, TOLERANCE, VARIANTS, assert_close, errors, needs_kernels, run
 
 pytestmark = [needs_kernels, pytest.mark.slow]
 
@@ -39,14 +39,17 @@ def random_case(seed: int) -> tuple[Case, torch.dtype, str]:
 
 @pytest.mark.parametrize("first", range(0, 5000, 500))
 def test_random_cases(first):
+    """Within the tolerance or, where a sum cancels, no further off than the reference in the same dtype."""
     for seed in range(first, first + 500):
         case, dtype, variant = random_case(seed)
         wanted = run(case, torch.float64, "reference", rounded=dtype, seed=seed)
-        found = run(case, dtype, f"cpu:{variant}", seed=seed)
-        try:
-            assert_close(found, wanted, TOLERANCE[dtype])
-        except AssertionError as error:
-            raise AssertionError(f"{case}, {dtype}, {variant}: {error}") from None
+        found = errors(run(case, dtype, f"cpu:{variant}", seed=seed), wanted)
+        allowed = dict.fromkeys(found, TOLERANCE[dtype])
+        if not all(found[name] < allowed[name] for name in found):
+            of_reference = errors(run(case, dtype, "reference", seed=seed), wanted)
+            allowed = {name: max(allowed[name], of_reference[name]) for name in found}
+        for name, error in found.items():
+            assert error <= allowed[name], f"{case}, {dtype}, {variant}: {name} is off by {error:.1e}"
 
 
 @pytest.mark.parametrize("threads", [1, 2])
