@@ -106,7 +106,7 @@ def run_once(name: str, backbone: str) -> dict[str, Any]:
             cfg.model.data_preprocessor.update(size=(SIDE, SIDE), size_divisor=None)
         torch.manual_seed(SEED)
         # What a Runner tells the losses that warm up.
-        MessageHub.get_instance("swap_sweep").update_info("iter", 0)
+        MessageHub.get_instance("swap_sweep").update_info_dict(dict(iter=0, epoch=0))
         with MODELS.switch_scope_and_registry(cfg.default_scope) as registry:
             model = registry.build(cfg.model)
             model.train()
@@ -137,11 +137,15 @@ def _loads_masks(node: Any) -> bool:
 
 
 def _check_gradients(model: Any, loss: torch.Tensor) -> None:
-    """Every trained parameter of the backbone must have a gradient: distributed training refuses others."""
+    """Every trained parameter of the backbone, up to the last stage that is read, must have a gradient."""
     if not torch.isfinite(loss):
         raise ArithmeticError(f"the loss is {loss.item()}")
     loss.backward()
-    without = [name for name, p in model.backbone.named_parameters() if p.requires_grad and p.grad is None]
+    backbone, last = model.backbone, max(model.backbone.out_indices)
+    unread = (f"{last}.downsample", *range(last + 1, len(backbone.depths)))
+    behind = tuple(f"{backbone.stages_name}.{part}." for part in unread)
+    trained = {name: p for name, p in backbone.named_parameters() if p.requires_grad and not name.startswith(behind)}
+    without = [name for name, p in trained.items() if p.grad is None]
     if without:
         raise ArithmeticError(f"no gradient reaches the backbone's {', '.join(without[:4])} ({len(without)} in all)")
 

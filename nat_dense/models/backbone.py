@@ -183,10 +183,11 @@ class NeighborhoodBackbone(BaseModule):
         Returns:
             Maps [B, num_features[i], ceil(H / 4 / 2**i), ceil(W / 4 / 2**i)].
         """
-        maps = self.forward_stages(x)
+        # The range comes first: stages behind the last map are not computed.
+        stages = range(max(self.out_indices, default=-1) + 1)
         return tuple(
             getattr(self, f"norm{i}")(tokens).permute(0, 3, 1, 2).contiguous()
-            for i, tokens in enumerate(maps)
+            for i, tokens in zip(stages, self.forward_stages(x), strict=False)
             if i in self.out_indices
         )
 

@@ -146,6 +146,8 @@ def test_c4_model_keeps_its_shared_head_behind_a_projection():
     )
     assert swap.cfg.model.rpn_head.in_channels == 1024
     assert any("shared_head" in note for note in swap.notes)
+    assert swap.cfg.find_unused_parameters is True
+    assert any(note.startswith("nothing reads the backbone behind stage 2") for note in swap.notes)
 
 
 def test_dilated_c5_detector_gets_the_stage_of_its_stride():

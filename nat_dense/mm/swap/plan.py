@@ -113,6 +113,12 @@ def _swap_model(cfg: Config, backbone: str) -> list[str]:
     if old.get("with_cp"):
         new["with_cp"] = True
     notes = [*_stride_notes(maps, stages, kept), *_neck_notes(model), *adapt_weights(cfg, row, new, old)]
+    if stages[kept[-1]] < len(STRIDES) - 1:
+        cfg.find_unused_parameters = True
+        notes.append(
+            f"nothing reads the backbone behind stage {stages[kept[-1]]}: the rest is not computed or trained, and "
+            "distributed training is told so (find_unused_parameters)."
+        )
     model["backbone"] = new
     if isinstance(model.get("data_preprocessor"), dict):
         adapt_normalisation(model["data_preprocessor"])
