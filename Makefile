@@ -30,7 +30,7 @@ test-hf4: $(VENV)/.installed $(HF4)/.installed
 
 $(HF4)/.installed:
 	$(PYTHON) -m venv $(HF4)
-	$(HF4)/bin/python -m pip install "$(TORCH)" transformers==4.57.6 accelerate pillow pytest
+	$(HF4)/bin/python -m pip install "$(TORCH)" transformers==4.57.6 accelerate pillow pytest scipy
 	@touch $@
 
 lint: $(VENV)/.installed
