@@ -35,12 +35,13 @@ def _load() -> str | None:
 
 
 def _why_not_built() -> str:
-    note = _FOLDER / "_cpu_build_failure.txt"  # written by setup.py
-    if note.exists():
-        return f"the build failed: {note.read_text(encoding='utf-8').strip()[:500]}"
     compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++", "cl"]
     found = next((path for path in map(shutil.which, compilers) if path), None)
-    return f"the compiler {found} was found" if found else f"no C++ compiler was found among {', '.join(compilers)}"
+    compiler = f"the compiler {found} was found" if found else f"no C++ compiler was found among {', '.join(compilers)}"
+    note = _FOLDER / "_cpu_build_failure.txt"  # written by setup.py
+    if not note.exists():
+        return compiler
+    return f"the build failed: {note.read_text(encoding='utf-8').strip()[:500]}; {compiler}"
 
 
 def why_not(problem: Problem, variant: str) -> str | None:
