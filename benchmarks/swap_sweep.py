@@ -76,6 +76,7 @@ def classify(name: str) -> dict[str, Any]:
         return facts | _blame(cfg, error)
     if cfg._cfg_dict != before:
         return facts | dict(outcome="failed", reason="the swap changed its input")
+    fit_to_machine(swap.cfg)
     try:
         build_on_meta(swap.cfg.model, swap.cfg.get("default_scope"))
     except Exception as error:

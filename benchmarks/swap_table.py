@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -131,8 +132,5 @@ def _runs(runs: Mapping[str, dict], seed: int) -> Iterator[str]:
 
 def _one_line(reason: str) -> str:
     """The reason without what differs between machines, fit for a table's cell."""
-    text = " ".join(reason.split()).replace("|", "\\|")
-    for cut in (", the current sys.path is", str(Path.home())):
-        text = text.partition(cut)[0]
-    prefix, site_packages, rest = text.partition("site-packages/")
-    return prefix[: prefix.rfind("'") + 1] + rest if site_packages else text
+    text = " ".join(reason.split()).replace("|", "\\|").partition(", the current sys.path is")[0]
+    return re.sub(r"/[^ '\"]*/site-packages/", "", text)

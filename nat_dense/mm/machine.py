@@ -43,10 +43,7 @@ def fit_to_machine(cfg: Config) -> list[str]:
         for argument in AMP_ARGUMENTS:
             wrapper.pop(argument, None)
         notices.append("No accelerator: AmpOptimWrapper is replaced by OptimWrapper, training runs in float32.")
-    sync_norms = [node for node in _nodes(cfg.get("model", {})) if node.get("type") in ("SyncBN", "MMSyncBN")]
-    if sync_norms and launcher == "none":
-        for node in sync_norms:
-            node["type"] = "BN"
+    if launcher == "none" and replace_sync_norms(cfg.get("model", {})):
         notices.append("One process: SyncBN is replaced by BN, which computes the same within it.")
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
         loader = cfg.get(name) or {}
@@ -54,6 +51,14 @@ def fit_to_machine(cfg: Config) -> list[str]:
             loader["persistent_workers"] = False
             notices.append(f"{name}: no workers, so persistent_workers is off.")
     return notices + _prefer_faster_coco(cfg)
+
+
+def replace_sync_norms(model: Any) -> bool:
+    """Replaces, in place, the batch norms that need several processes by the plain one; says whether there were any."""
+    found = [node for node in _nodes(model) if node.get("type") in ("SyncBN", "MMSyncBN")]
+    for node in found:
+        node["type"] = "BN"
+    return bool(found)
 
 
 def _prefer_faster_coco(cfg: Config) -> list[str]:

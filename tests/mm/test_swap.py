@@ -329,6 +329,13 @@ def test_a_deformable_backbone_is_measured_although_its_operator_knows_no_meta_t
     assert maps == [FeatureMap(256, 4), FeatureMap(512, 8), FeatureMap(1024, 16), FeatureMap(2048, 32)]
 
 
+def test_a_backbone_with_mmcvs_synchronised_norm_is_measured_without_a_process_group():
+    cfg = load_config(MASK_RCNN, {"model.backbone.norm_cfg.type": "MMSyncBN"})
+    swapped = swap_backbone(cfg, "nat-tiny")
+    assert cfg.model.backbone.norm_cfg.type == "MMSyncBN"
+    assert swapped.model.neck.in_channels == [64, 128, 256, 512]
+
+
 def test_changes_and_differences():
     old = dict(a=1, b=dict(type="X", c=2, d=3), e=[dict(f=1), dict(f=2)])
     new = dict(a=1, b=dict(type="X", c=2), e=[dict(f=1), dict(f=4)], g="new")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nat_dense.mm.machine import replace_sync_norms
 from nat_dense.mm.meta import build_on_meta
 from nat_dense.mm.swap.refusals import IMAGE_CHANNELS, SwapRefusedError, type_name
 
@@ -46,7 +48,10 @@ def measure(backbone: dict, scope: str | None) -> list[FeatureMap]:
     name = type_name(backbone)
     try:
         size = _image_size(backbone)
-        outputs = _run(build_on_meta(backbone, scope), size)
+        # MMCV's own synchronised norm can't be built before the processes know of each other.
+        alone = copy.deepcopy(backbone)
+        replace_sync_norms(alone)
+        outputs = _run(build_on_meta(alone, scope), size)
     except Exception as error:
         raise ValueError(f"the original backbone {name} doesn't build or run here: {error}") from error
     if isinstance(outputs, Tensor):
