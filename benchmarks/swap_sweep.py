@@ -124,7 +124,7 @@ def _loss(model: Any, cfg: Config) -> torch.Tensor:
         classes = head.num_classes if "num_classes" in head else head.kernel_generate_head.num_classes
         batch = random_segmentation_batch(SEED, classes)
     else:
-        batch = random_detection_batch(SEED, masks=_loads_masks(cfg.train_dataloader))
+        batch = random_detection_batch(SEED, masks=_loads_masks(cfg.get("train_dataloader")))
     data = model.data_preprocessor(batch, training=True)
     loss, _ = model.parse_losses(model.loss(data["inputs"], data["data_samples"]))
     return loss

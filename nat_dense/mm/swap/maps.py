@@ -18,9 +18,10 @@ from nat_dense.mm.swap.refusals import IMAGE_CHANNELS, SwapRefusedError, type_na
 STRIDES = (4, 8, 16, 32)
 """Of the stages of NAT, DiNAT and DiNAT_s, in pixels."""
 
-SIDE = 64
-"""Of the measured picture in pixels: a power of two, so that every stride divides it. Some vision transformers take no
-other size than their `img_size`."""
+SIDE = 128
+"""Of the measured picture in pixels: a power of two, so that every stride divides it, and large enough for 3x3 windows
+at stride 32, which deformable convolutions demand. Some vision transformers take no other size than their `img_size`.
+"""
 
 COMPUTED_WEIGHTS = 80_000_000
 """Backbones of fewer weights compute a small picture sooner than meta tensors tell its shapes."""
