@@ -197,7 +197,9 @@ def main() -> None:
     sweep(names, results, args.runs, save)
     if args.table:
         configs = {name: results["configs"][name] for name in names}
-        write_page(Path(args.table), configs, results["runs"], BACKBONE, SEED)
+        built = [name for name in names if configs[name]["outcome"] == "built"]
+        runs = {name: results["runs"][name] for name in built[: args.runs]}
+        write_page(Path(args.table), configs, runs, BACKBONE, SEED)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,13 @@ def _run(module: nn.Module, size: tuple[int, int]) -> Any:
         module = module.to_empty(device="cpu")
         for tensor in (*module.parameters(), *module.buffers()):
             tensor.zero_()
-        return module(torch.zeros(1, IMAGE_CHANNELS, *size))
+        # Maps this small cost more to share between threads than to compute.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return module(torch.zeros(1, IMAGE_CHANNELS, *size))
+        finally:
+            torch.set_num_threads(threads)
 
 
 def choose_stages(maps: Sequence[FeatureMap], segments: bool) -> list[int]:
