@@ -105,7 +105,7 @@ def test_other_settings_keep_the_earlier_run(root, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--budget", "0.001"], "budget=0.001 leaves 2 of 1500 iterations: expected >= 10"),
+        (["--budget", "0.001"], "budget=0.001 leaves 1 of 1000 iterations: expected >= 10"),
         (["--train", "0"], "train=0: expected a whole number of at least 1"),
         (["--val", "7"], "holds a shapes set made with"),
     ],

@@ -20,5 +20,5 @@ model = dict(
 
 default_hooks = dict(
     logger=dict(interval=20, log_metric_by_epoch=False),
-    checkpoint=dict(interval=375, by_epoch=False, max_keep_ckpts=1))
+    checkpoint=dict(interval=250, by_epoch=False, max_keep_ckpts=1))
 log_processor = dict(window_size=20, by_epoch=False)
