@@ -14,7 +14,7 @@ from nat_dense.mm.config import load_config
 from nat_dense.quickstart import CONFIGS, TASKS, task_config
 from tests.mm.small import load_tool
 
-MINIATURE = ["--train", "24", "--val", "6", "--size", "64", "--budget", "0.008"]
+MINIATURE = ["--train", "24", "--val", "6", "--size", "64", "--budget", "0.012"]
 ITERATIONS = 12
 
 
@@ -128,6 +128,6 @@ def test_the_configs_name_the_classes_and_colours_of_the_data():
 
 def test_a_budget_scales_every_length():
     cfg = task_config(TASKS[0].config, Path("data"), budget=0.5)
-    assert (cfg.train_cfg.max_iters, cfg.train_cfg.val_interval) == (750, 188)
-    assert [(s.begin, s.end) for s in cfg.param_scheduler] == [(0, 38), (38, 750)]
-    assert cfg.default_hooks.checkpoint.interval == 188
+    assert (cfg.train_cfg.max_iters, cfg.train_cfg.val_interval) == (500, 125)
+    assert [(s.begin, s.end) for s in cfg.param_scheduler] == [(0, 25), (25, 500)]
+    assert cfg.default_hooks.checkpoint.interval == 125
