@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from nat_dense.models.backbone import NeighborhoodBackbone
 from nat_dense.models.dinat_s import DiNAT_s
-from nat_dense.models.layers import Linear
+from nat_dense.models.linear import Linear
 from nat_dense.models.nat import NAT, DiNAT
 
 

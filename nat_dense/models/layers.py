@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nat_dense.models.linear import Linear, is_traced
+
 RUN_BYTES = 512 << 10
 """Tokens are taken in runs of about this many bytes, so that what a run makes of them stays in the CPU's cache."""
 
@@ -30,7 +32,7 @@ def in_runs(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
     """
     first = maps[0]
     step = max(MIN_RUN, RUN_BYTES // (first.shape[-1] * first.element_size()))
-    if first.device.type != "cpu" or torch.is_grad_enabled() or _is_traced() or first.shape[:-1].numel() <= step:
+    if first.device.type != "cpu" or torch.is_grad_enabled() or is_traced() or first.shape[:-1].numel() <= step:
         return function(*maps)
     runs = zip(*(m.flatten(0, -2).split(step) for m in maps), strict=True)
     start = function(*next(runs))
@@ -40,19 +42,6 @@ def in_runs(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
     for run, place in zip(runs, places, strict=True):
         place.copy_(function(*run))
     return out
-
-
-def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-class Linear(nn.Linear):
-    """`nn.Linear` that starts from trunc_normal(std=0.02) and a zero bias."""
-
-    def reset_parameters(self) -> None:
-        nn.init.trunc_normal_(self.weight, std=0.02)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
 
 
 def scaled(x: Tensor, layer_scale: Tensor | None) -> Tensor:

@@ -1,0 +1,96 @@
+"""Linear layers through the faster of the two matrix libraries that torch has on a CPU.
+
+`torch.nn.functional.linear` multiplies float32 by MKL, which is held back on processors of other makers. oneDNN, which
+torch uses for convolutions and which is on board anyway, was as fast or faster at every shape that was measured
+(`benchmarks/README.md`). The choice is by rule and not by a trial at run time: two starts of one model must give
+the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` that starts from trunc_normal(std=0.02) and a zero bias, and takes oneDNN on a CPU."""
+
+    def reset_parameters(self) -> None:
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As `torch.nn.functional.linear`, differentiable any number of times.
+
+    Args:
+        x: [..., in_features].
+        weight: [out_features, in_features].
+        bias: [out_features] or None.
+    """
+    if not _suits_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return _Linear.apply(x, weight, bias)
+    return _product(x, weight, bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        tokens = grad.flatten(0, -2)
+        return (
+            linear(grad, weight.t(), None) if needs_x else None,
+            # Many tokens are summed into a small matrix: there oneDNN is the slower one.
+            tokens.t() @ x.flatten(0, -2) if needs_weight else None,
+            tokens.sum(0) if needs_bias else None,
+        )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Plain float32 tensors on a CPU, outside autocast, tracing and function transforms, which know F.linear."""
+    return (
+        _HAS_ONEDNN
+        and type(x) is Tensor
+        and type(weight) in (Tensor, nn.Parameter)
+        and x.dtype == weight.dtype == torch.float32
+        and x.device.type == weight.device.type == "cpu"
+        and x.dim() > 1
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+        and not is_traced()
+        and not torch._C._are_functorch_transforms_active()
+        and torch.backends.mkldnn.enabled
+    )
+
+
+def is_traced() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace is reading the code."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+if _HAS_ONEDNN:
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _flops(x_shape, weight_shape, *settings, out_shape=None, **named) -> int:
+        return 2 * out_shape.numel() * weight_shape[1]
