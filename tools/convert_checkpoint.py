@@ -4,7 +4,6 @@
     python tools/convert_checkpoint.py nat-tiny nat-tiny-hf --to hf --model-type nat
     python tools/convert_checkpoint.py upernet_dinat_tiny.pth upernet.pth --to mm
 
-IN is a file, a folder that transformers wrote, a URL, or the name of a published checkpoint (which is downloaded).
 OUT ends in .safetensors, .pth, .pt or .bin; with `--to hf` it may be a folder, which then gets the config as well.
 """
 
@@ -13,13 +12,14 @@ from collections.abc import Sequence
 
 from nat_dense.checkpoints import convert
 from nat_dense.checkpoints.convert import KINDS
+from nat_dense.checkpoints.options import add_reading_options
 from nat_dense.mm.errors import one_line_errors
 from nat_dense.models.variants import DILATIONS
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="IN")
+    add_reading_options(parser)
     parser.add_argument("target", metavar="OUT")
     parser.add_argument("--to", required=True, choices=KINDS, help="what OUT is to be")
     parser.add_argument(
@@ -27,12 +27,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--dilations", choices=DILATIONS["DiNAT"], help="with --to hf, a folder and a DiNAT")
     parser.add_argument("--kernel-size", type=int, metavar="K", help="resize the position biases to this kernel")
-    parser.add_argument("--prefix", help="where IN's backbone is, if it has several, such as teacher.backbone")
-    parser.add_argument("--entry", help="which entry of IN holds the weights, such as state_dict_ema")
-    parser.add_argument("--sha256", help="IN's expected hash")
-    parser.add_argument(
-        "--trust", action="store_true", help="run code that IN may bring along; only for your own files"
-    )
     return parser.parse_args(argv)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from mmengine.config import DictAction
 
+from nat_dense.checkpoints.options import add_trust_option
 from nat_dense.mm.errors import one_line_errors
 from nat_dense.mm.options import set_out, set_show_dir, set_work_dir
 from nat_dense.mm.runner import build_runner
@@ -34,6 +35,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--launcher", choices=["none", "pytorch", "slurm"], default="none", help="how the processes were started"
     )
+    add_trust_option(parser)
     return parser.parse_args(argv)
 
 
@@ -48,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             set_show_dir(cfg, args.show_dir)
         if args.out:
             set_out(cfg, args.out)
-        runner = build_runner(cfg, "test", tta=args.tta)
+        runner = build_runner(cfg, "test", tta=args.tta, trust=args.trust)
     return runner.test()
 
 

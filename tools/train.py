@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from mmengine.config import DictAction
 
+from nat_dense.checkpoints.options import add_trust_option
 from nat_dense.mm.errors import one_line_errors
 from nat_dense.mm.options import enable_amp, enable_auto_scale_lr, set_randomness, set_resume, set_work_dir
 from nat_dense.mm.runner import build_runner
@@ -42,6 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--launcher", choices=["none", "pytorch", "slurm"], default="none", help="how the processes were started"
     )
+    add_trust_option(parser)
     return parser.parse_args(argv)
 
 
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             enable_amp(cfg)
         if args.auto_scale_lr:
             enable_auto_scale_lr(cfg)
-        runner = build_runner(cfg, "train")
+        runner = build_runner(cfg, "train", trust=args.trust)
     runner.train()
 
 

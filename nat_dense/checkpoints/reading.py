@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -111,7 +112,8 @@ def read(path: str | Path, *, trust: bool = False, sha256: str | None = None, en
 
     Args:
         path: The file or folder.
-        trust: Whether to run the code that a PyTorch file may bring along. Only for files that you made.
+        trust: Whether to run the code that a PyTorch file may bring along, if it can't be read without. Only for files
+            that you made.
         sha256: The file's expected hash, in hexadecimal. Not for sharded files.
         entry: Which entry holds the weights, where the file has several, such as "state_dict_ema".
 
@@ -152,12 +154,15 @@ def read_torch(
     path = Path(path)
     # torch.load goes by the name where it gets one, and maps only files that it gets by name.
     mapped = mapped and _is_zip(path) and path.suffix != ".safetensors"
-    with _only_admitting(*STAND_INS, *admit), path.open("rb") as file:
-        try:
-            source = path if mapped else file
-            return torch.load(source, map_location=map_location, weights_only=not trust, mmap=mapped)
-        except Exception as error:
-            raise ValueError(_refusal(path, error)) from error
+    # What can be read as data is, trusted or not: the stand-ins need none of the libraries that the file names.
+    for as_data in (True, False) if trust else (True,):
+        with _only_admitting(*STAND_INS, *admit), _obeying(weights_only=as_data), path.open("rb") as file:
+            try:
+                source = path if mapped else file
+                return torch.load(source, map_location=map_location, weights_only=as_data, mmap=mapped)
+            except Exception as error:
+                reason = error
+    raise ValueError(_refusal(path, reason)) from reason
 
 
 def is_safetensors(path: Path) -> bool:
@@ -207,6 +212,17 @@ def _only_admitting(*admitted: tuple[Callable, str]) -> Iterator[None]:
         torch.serialization.add_safe_globals(others)
 
 
+@contextmanager
+def _obeying(*, weights_only: bool) -> Iterator[None]:
+    """Lets `torch.load(weights_only=False)` mean it, where PyTorch's variable says otherwise for the whole process."""
+    forced = None if weights_only else os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD", None)
+    try:
+        yield
+    finally:
+        if forced is not None:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = forced
+
+
 def _find_file(path: Path) -> Path:
     if path.is_dir():
         for name in DIRECTORY_FILES:
@@ -231,8 +247,10 @@ def _refusal(path: Path, error: Exception) -> str:
         wanted = named[1] if named else "the call of an object in it"
         return (
             f"{path} refused: reading it would run code, it asks for {wanted}. If you made this file yourself or "
-            "trust who did, say so (--trust of tools/convert_checkpoint.py, or trust=True)"
+            "trust who did, say so: --trust on the command line, trust=True in Python and in init_cfg"
         )
+    if isinstance(error, ModuleNotFoundError):
+        return f"{path} refused: it holds objects of {error.name!r}, which is not installed"
     if "TorchScript" in text:
         return f"{path} is TorchScript, a program and not weights; save the state_dict of its model"
     if isinstance(error, (EOFError, IndexError)):

@@ -8,6 +8,7 @@ the loss history and NumPy's arrays and numbers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial, update_wrapper
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,13 @@ ADMITTED: tuple[tuple[Callable, str], ...] = (
 """What a training state may restore beyond tensors and plain values, under its name in the file."""
 
 
-def load_from_nat_dense(filename: str, map_location: Any = None) -> Any:
+def load_from_nat_dense(filename: str, map_location: Any = None, *, trust: bool = False) -> Any:
     """A loader for mmengine: everything that a file holds, as data.
 
     Args:
         filename: A PyTorch or safetensors file, its URL, or the name of a published checkpoint.
         map_location: As in `torch.load`.
+        trust: As in `reading.read`.
 
     Returns:
         What the file holds; of a safetensors file its tensors under "state_dict".
@@ -59,9 +61,9 @@ def load_from_nat_dense(filename: str, map_location: Any = None) -> Any:
     """
     path = fetch(filename)
     if path.is_dir() or is_safetensors(path):
-        return {"state_dict": read(path).tensors}
+        return {"state_dict": read(path, trust=trust).tensors}
     # Not mapped: training may write to the file from which it resumed.
-    return read_torch(path, admit=ADMITTED, map_location=map_location, mapped=False)
+    return read_torch(path, trust=trust, admit=ADMITTED, map_location=map_location, mapped=False)
 
 
 class AtomicBackend(LocalBackend):
@@ -74,8 +76,14 @@ class AtomicBackend(LocalBackend):
             part.write_bytes(obj)
 
 
-def install() -> None:
-    """Makes mmengine load files and URLs through `load_from_nat_dense`, and save atomically, from now on."""
+def install(*, trust: bool = False) -> None:
+    """Makes mmengine load files and URLs through `load_from_nat_dense`, and save atomically, from now on.
+
+    Args:
+        trust: Whether the files that it loads may run code.
+    """
+    # mmengine logs the name of its loader, which a partial function has not.
+    loader = update_wrapper(partial(load_from_nat_dense, trust=trust), load_from_nat_dense)
     for prefix in ("", "http://", "https://"):
-        CheckpointLoader.register_scheme(prefix, load_from_nat_dense, force=True)
+        CheckpointLoader.register_scheme(prefix, loader, force=True)
     register_backend("local", AtomicBackend, force=True, prefixes="")

@@ -25,11 +25,14 @@ class DropEmbeddedConfig(Hook):
         checkpoint.get("meta", {}).pop("config", None)
 
 
-def refuse_pickled_code() -> None:
+def refuse_pickled_code(*, trust: bool = False) -> None:
     """Makes this process refuse checkpoints that hold more than data, whoever loads them.
 
     MMEngine falls back to full unpickling, which runs whatever code a file brings along. Its files and URLs go through
     `nat_dense.checkpoints` from now on; for every other `torch.load` an environment variable of PyTorch stops it.
+
+    Args:
+        trust: whether the files that MMEngine loads are exempt (`--trust`).
 
     Raises:
         ValueError: the environment demands the opposite.
@@ -40,7 +43,7 @@ def refuse_pickled_code() -> None:
             "only)."
         )
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    runner_files.install()
+    runner_files.install(trust=trust)
 
 
 def check_fits(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
@@ -110,12 +113,13 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
 
 
-def check_work_dir(cfg: Config, model: nn.Module) -> list[str]:
+def check_work_dir(cfg: Config, model: nn.Module, *, trust: bool = False) -> list[str]:
     """Checks that a training run neither continues another config's run nor overwrites one.
 
     Args:
         cfg: the config of the run, with `work_dir`, `resume` and `load_from` set.
         model: the model that the config builds.
+        trust: whether the checkpoint may run code.
 
     Returns:
         Sentences for the user, such as that there is nothing to resume, or what of `load_from` is not used.
@@ -133,11 +137,11 @@ def check_work_dir(cfg: Config, model: nn.Module) -> list[str]:
                 f"work-dir {str(work_dir)!r} already holds {len(present)} checkpoint(s), such as {present[0]!r}, that "
                 "a new run could overwrite. Go on with it (--resume), or choose another --work-dir."
             )
-        return check_start(model, read(fetch(cfg.load_from))) if cfg.get("load_from") else []
+        return check_start(model, read(fetch(cfg.load_from), trust=trust)) if cfg.get("load_from") else []
     source = cfg.get("load_from") or find_latest_checkpoint(str(work_dir))
     if source is None:
         return [f"Nothing to resume in {str(work_dir)!r}: training starts from the beginning."]
-    checkpoint = read(fetch(source))
+    checkpoint = read(fetch(source), trust=trust)
     if not {"meta", "optimizer"} <= set(checkpoint.extras):
         raise ValueError(
             f"{source!r} holds weights but no training state to resume; start from it with --cfg-options "

@@ -20,7 +20,9 @@ from nat_dense.mm.options import enable_tta
 LOADERS = {"train": ("train_dataloader", "val_dataloader"), "test": ("test_dataloader",)}
 
 
-def build_runner(cfg: Config, mode: Literal["train", "test"] = "train", *, tta: bool = False) -> Runner:
+def build_runner(
+    cfg: Config, mode: Literal["train", "test"] = "train", *, tta: bool = False, trust: bool = False
+) -> Runner:
     """Checks a config, fits it to this machine and builds its Runner.
 
     Every check comes before the Runner, which is the first to write into `work_dir`. What the user should know is
@@ -31,6 +33,7 @@ def build_runner(cfg: Config, mode: Literal["train", "test"] = "train", *, tta: 
         mode: "train" checks the training and validation data and the work-dir; "test" the test data and that
             `load_from` fits.
         tta: whether to test with test-time augmentation.
+        trust: whether the checkpoint of `load_from` or `resume` may run code.
 
     Returns:
         The Runner, to be called as `runner.train()` or `runner.test()`.
@@ -39,17 +42,17 @@ def build_runner(cfg: Config, mode: Literal["train", "test"] = "train", *, tta: 
         FileNotFoundError: data, annotations or checkpoints are missing.
         ValueError: a part of the config, the data or the checkpoint is wrong.
     """
-    refuse_pickled_code()
+    refuse_pickled_code(trust=trust)
     init_default_scope(cfg.get("default_scope", "mmengine"))
     notices = fit_to_machine(cfg)
     model, warnings = check_model(cfg)
     notices += warnings
     notices += check_data(cfg, tuple(name for name in LOADERS[mode] if cfg.get(name)))
     if mode == "train":
-        notices += check_work_dir(cfg, model)
+        notices += check_work_dir(cfg, model, trust=trust)
     elif cfg.get("load_from"):
         cfg.load_from = str(fetch(cfg.load_from))
-        notices += check_fits(model, read(cfg.load_from))
+        notices += check_fits(model, read(cfg.load_from, trust=trust))
     del model
     if tta:
         notices += enable_tta(cfg)
