@@ -95,6 +95,8 @@ class Layout:
     @property
     def kind(self) -> str:
         """The file in words."""
+        if not find_backbones(self.backbone):
+            return f"the part {self.prefix.removesuffix('.')!r} of a file"
         if self.others and self.prefix == "backbone.":
             heads = sorted({name.split(".")[0] for name in self.others})
             task = "segmentor" if "decode_head" in heads else "detector"
@@ -118,12 +120,7 @@ def recognise(tensors: Mapping[str, Tensor], prefix: str | None = None) -> Layou
         ValueError: There is none, or there are several.
     """
     tensors, unwrapped = unwrap(tensors)
-    found: dict[str, Scheme] = {}
-    for name in tensors:
-        if match := _ORIGINAL.fullmatch(name):
-            found[match[1]] = "original"
-        elif match := _TRANSFORMERS.fullmatch(name):
-            found[match[1]] = "transformers"
+    found = find_backbones(tensors)
     if not found:
         raise ValueError(f"no NAT, DiNAT or DiNAT_s among {len(tensors)} tensors: {_guess(tensors)}")
     places = ", ".join(map(repr, sorted(found)))
@@ -142,6 +139,37 @@ def recognise(tensors: Mapping[str, Tensor], prefix: str | None = None) -> Layou
     if scheme == "transformers":
         backbone = from_hf(backbone)
     return Layout(scheme, prefix, backbone, others, unwrapped)
+
+
+def find_backbones(names: Iterable[str]) -> dict[str, Scheme]:
+    """What stands before the names of each backbone, such as "backbone.", and whose names they are."""
+    found: dict[str, Scheme] = {}
+    for name in names:
+        if match := _ORIGINAL.fullmatch(name):
+            found[match[1]] = "original"
+        elif match := _TRANSFORMERS.fullmatch(name):
+            found[match[1]] = "transformers"
+    return found
+
+
+def part_of(tensors: Mapping[str, Tensor], prefix: str) -> Layout:
+    """A part of a file that is no backbone, such as a neck, laid out like one.
+
+    Args:
+        tensors: Under the file's names.
+        prefix: What stands before the part's names, such as "neck", with or without the last dot.
+
+    Raises:
+        ValueError: No name starts with it.
+    """
+    tensors, unwrapped = unwrap(tensors)
+    prefix = f"{prefix.removesuffix('.')}."
+    part = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    if not part:
+        parts = ", ".join(repr(name) for name in sorted({name.split(".")[0] for name in tensors}))
+        raise ValueError(f"nothing under prefix={prefix!r}; there is {parts}")
+    others = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
+    return Layout("original", prefix, part, others, unwrapped)
 
 
 def unwrap(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nat_dense.checkpoints.download import fetch
-from nat_dense.checkpoints.layout import Layout, recognise
+from nat_dense.checkpoints.layout import Layout, part_of, recognise
 from nat_dense.checkpoints.matching import RULES, check_finite, match
 from nat_dense.checkpoints.reading import Checkpoint, read
 from nat_dense.models.backbone import NeighborhoodBackbone
@@ -66,9 +66,11 @@ def load(
     """Loads any NAT, DiNAT or DiNAT_s checkpoint into a model: all of it, or an error and the model as it was.
 
     Args:
-        model: A backbone, a classifier, or a whole detector or segmentor with one of our backbones.
+        model: A backbone, a classifier, a whole detector or segmentor with one of our backbones, or another part of
+            such a one, as its neck.
         source: A file, a folder that transformers wrote, a URL, or a published name (`names.URLS`).
-        prefix: Which backbone, where the file has several, such as "teacher.backbone".
+        prefix: Which backbone, where the file has several, such as "teacher.backbone", or which other part, such as
+            "neck".
         resize_rpb: Whether position biases of another kernel size are interpolated.
         replace_head: Whether a classifier keeps its own head instead of the file's.
         trust: Whether to run code that the file may bring along.
@@ -80,12 +82,20 @@ def load(
         ValueError: The file can't be read as data, holds another model, or a tensor is missing, not known, of another
             shape or not finite.
     """
-    checkpoint, layout = open_checkpoint(source, prefix=prefix, trust=trust, sha256=sha256, entry=entry)
+    paths = backbone_paths(model)
+    if len(paths) > 1 or not (paths or prefix):
+        raise ValueError(
+            f"{type(model).__name__} has {len(paths)} NAT, DiNAT or DiNAT_s backbones; expected one. Where there "
+            "are several, give each an init_cfg of its own; another part of a model needs its prefix in the file, such "
+            "as prefix='neck'"
+        )
+    checkpoint = read(fetch(source, sha256=sha256), trust=trust, sha256=sha256, entry=entry)
     try:
+        layout = recognise(checkpoint.tensors, prefix) if paths else part_of(checkpoint.tensors, prefix or "")
         found = match(
             model.state_dict(),
             layout,
-            backbone_path=_backbone_path(model),
+            backbone_path=paths[0] if paths else "",
             resize_rpb=resize_rpb,
             replace_head=replace_head,
         )
@@ -123,9 +133,7 @@ def open_checkpoint(
         raise ValueError(f"{source}: {error}") from error
 
 
-def _backbone_path(model: nn.Module) -> str:
-    """Where a model keeps its backbone, such as "backbone."; "" where it is one."""
+def backbone_paths(model: nn.Module) -> list[str]:
+    """Where a model keeps our backbones, such as "backbone."; "" for one that is a backbone itself."""
     paths = [name for name, module in model.named_modules() if isinstance(module, NeighborhoodBackbone)]
-    if len(paths) != 1:
-        raise ValueError(f"{type(model).__name__} has {len(paths)} NAT, DiNAT or DiNAT_s backbones; expected one")
-    return f"{paths[0]}." if paths[0] else ""
+    return [f"{path}." if path else "" for path in paths]

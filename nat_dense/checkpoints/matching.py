@@ -18,7 +18,7 @@ RULES = {
     "classifier": "the classifier's norm and head have no place in this backbone",
     "unused-output-norm": "norms of stages that out_indices leaves out",
     "stem-norm": "transformers' norm of the stem's map, which these backbones don't return",
-    "outside-backbone": "only the backbone is wanted",
+    "outside-backbone": "only the backbone, or the part that prefix names, is wanted",
     "batch-norm-counter": "counters of batch norm that old files lack and no result depends on",
     "ema-copy": "mmcv 1.x's second copy of the weights (the first is the averaged one)",
     "replaced-head": "a new classifier was asked for",

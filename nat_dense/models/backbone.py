@@ -214,7 +214,7 @@ class NeighborhoodBackbone(BaseModule):
             ValueError, FileNotFoundError: As `nat_dense.checkpoints.load`.
         """
         if self.init_cfg:
-            from nat_dense.checkpoints.pretrained import through_this_door  # here, since it imports this module
+            from nat_dense.mm.pretrained import through_this_door  # here, since nat_dense.mm imports this module
 
             self.init_cfg = through_this_door(self.init_cfg)
         super().init_weights()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.model import Sequential
 from mmengine.registry import MODELS, init_default_scope
 
 from nat_dense import checkpoints
@@ -84,11 +85,15 @@ def config_of(name):
     return cfg
 
 
-def build(name, init_cfg=None):
+def build(name, init_cfg=None, *, whole=None, neck=None):
+    """A small model of a config, with these `init_cfg` of its backbone, of itself and of its neck."""
     cfg = config_of(name)
     small = {f"model.{key}": value for key, value in SMALL[name].items()}
     cfg.merge_from_dict(small)
     cfg.model.backbone.update(arch="nano", init_cfg=init_cfg)
+    cfg.model.init_cfg = whole
+    if neck:
+        cfg.model.neck.init_cfg = neck
     return MODELS.build(cfg.model)
 
 
@@ -172,3 +177,50 @@ def test_detector_init_takes_an_old_detector_for_its_backbone(tmp_path):
     fresh.init_weights()
     assert all(torch.equal(v, weights[f"backbone.{n}"]) for n, v in fresh.backbone.state_dict().items())
     assert not torch.equal(fresh.roi_head.bbox_head.fc_cls.weight, weights["roi_head.bbox_head.fc_cls.weight"])
+
+
+@pytest.mark.parametrize(("config", "old"), [(MASK_RCNN, old_mask_rcnn()), (UPERNET, old_upernet())])
+def test_init_cfg_of_a_whole_model_accounts_for_every_tensor(tmp_path, config, old):
+    path, weights = old_file(tmp_path / "old.pth", build(config), old)
+    fresh = build(config, whole=dict(type="Pretrained", checkpoint=str(path)))
+    fresh.init_weights()
+    assert all(torch.equal(value, weights[name]) for name, value in fresh.state_dict().items())
+    lost = [name for name in old if name.endswith("weight")][:2]
+    path, _ = old_file(path, fresh, old, drop=lost)
+    with pytest.raises(ValueError, match=f"2 missing: {', '.join(lost)}"):
+        build(config, whole=dict(type="Pretrained", checkpoint=str(path))).init_weights()
+
+
+def test_init_cfg_of_a_part_accounts_for_every_tensor_of_it(tmp_path):
+    path, weights = old_file(tmp_path / "old.pth", build(MASK_RCNN), old_mask_rcnn())
+    pretrained = dict(type="Pretrained", checkpoint=str(path), prefix="neck.")
+    fresh = build(MASK_RCNN, neck=pretrained)
+    fresh.init_weights()
+    assert all(torch.equal(value, weights[f"neck.{name}"]) for name, value in fresh.neck.state_dict().items())
+    assert not torch.equal(fresh.rpn_head.rpn_conv.weight, weights["rpn_head.rpn_conv.weight"])
+    report = checkpoints.load(fresh.neck, path, prefix="neck")
+    assert set(report.used) == set(fresh.neck.state_dict())
+    assert set(report.left_out.values()) == {"outside-backbone"}
+    assert "the part 'neck' of a file" in str(report)
+    with pytest.raises(ValueError, match=r"nothing under prefix='head.'; there is 'backbone', 'neck', 'roi_head'"):
+        build(MASK_RCNN, neck=pretrained | dict(prefix="head")).init_weights()
+    with pytest.raises(ValueError, match=r"the weights don't fit the model: 16 missing: lateral_convs.0.conv.weight"):
+        build(MASK_RCNN, neck=pretrained | dict(prefix="rpn_head")).init_weights()
+    with pytest.raises(
+        ValueError,
+        match=r"FPN has 0 NAT, .* backbones; expected one.* another part of a model needs its prefix in the file",
+    ):
+        build(MASK_RCNN, neck=pretrained | dict(prefix=None)).init_weights()
+
+
+def test_init_cfg_of_other_models_is_left_to_mmengine(tmp_path):
+    """Which lets a file lack tensors, as stock models want it, and knows no options of ours."""
+    torch.save({"0.weight": torch.full((2, 1), 3.0), "fc.weight": torch.zeros(3)}, tmp_path / "stock.pth")
+    pretrained = dict(type="Pretrained", checkpoint=str(tmp_path / "stock.pth"))
+    stock = Sequential(torch.nn.Linear(1, 2), torch.nn.Linear(2, 2), init_cfg=pretrained)
+    before = stock[1].weight.clone()
+    stock.init_weights()
+    assert (stock[0].weight == 3).all()
+    assert torch.equal(stock[1].weight, before)
+    with pytest.raises(ValueError, match="init_cfg of Sequential: entry is for NAT, DiNAT and DiNAT_s"):
+        Sequential(torch.nn.Linear(1, 2), init_cfg=pretrained | dict(entry="model")).init_weights()

@@ -1,0 +1,93 @@
+"""`init_cfg=dict(type="Pretrained", checkpoint=...)` through `nat_dense.checkpoints.load`.
+
+Importing this module puts it in the place of MMEngine's initializer, whose matching loses tensors without a word. Files
+and modules that have nothing of ours in them still go to MMEngine's: stock models rely on its leniency.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.logging import print_log
+from mmengine.model.weight_init import WEIGHT_INITIALIZERS, PretrainedInit, update_init_info
+from torch import nn
+
+
+@WEIGHT_INITIALIZERS.register_module(name="Pretrained", force=True)
+class Pretrained:
+    """An initializer for MMEngine that loads a checkpoint and logs where every tensor went.
+
+    It accounts for every tensor where the module (a backbone, a classifier, a whole detector or segmentor) or the file
+    (a detector whose neck is wanted: `prefix="neck"`) has one of our backbones in it.
+
+    Args:
+        checkpoint: As `load`'s `source`, or for models that aren't ours anything that MMEngine reads.
+        prefix, resize_rpb, replace_head, trust, sha256, entry: As in `load`.
+        map_location: Accepted since MMEngine's has it; without effect, values are copied to where the model is.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        prefix: str | None = None,
+        map_location: str | None = None,
+        resize_rpb: bool = False,
+        replace_head: bool = False,
+        trust: bool = False,
+        sha256: str | None = None,
+        entry: str | None = None,
+    ):
+        self.checkpoint = checkpoint
+        self.prefix = prefix
+        self.reading: dict[str, Any] = dict(trust=trust, sha256=sha256, entry=entry)
+        self.matching: dict[str, Any] = dict(resize_rpb=resize_rpb, replace_head=replace_head)
+
+    def __call__(self, module: nn.Module) -> None:
+        """Loads into a module; errors are those of `load`.
+
+        Raises:
+            ValueError: An option that only `load` knows is given, and neither module nor file is ours.
+        """
+        from nat_dense.checkpoints import load  # here, since importing nat_dense needs no reader of files
+        from nat_dense.checkpoints.loading import backbone_paths
+
+        if not backbone_paths(module) and not self._file_is_ours():
+            self._leave_to_mmengine(module)
+            return
+        report = load(module, self.checkpoint, prefix=self.prefix, **self.reading, **self.matching)
+        print_log(str(report), logger="current")
+        # There while mmengine initialises a model and notes for each parameter where its value comes from.
+        if hasattr(module, "_params_init_info"):
+            update_init_info(module, init_info=f"Pretrained: {self.checkpoint}")
+
+    def _file_is_ours(self) -> bool:
+        from nat_dense.checkpoints import fetch, read
+        from nat_dense.checkpoints.layout import find_backbones, unwrap
+        from nat_dense.checkpoints.names import URLS
+
+        # Any other address holds a stock model, and MMEngine has a cache of its own.
+        if not (Path(self.checkpoint).exists() or self.checkpoint in {*URLS, *URLS.values()}):
+            return False
+        try:
+            checkpoint = read(fetch(self.checkpoint), **self.reading)
+        except ValueError:  # for MMEngine to say, which may know the format
+            return False
+        return bool(find_backbones(unwrap(checkpoint.tensors)[0]))
+
+    def _leave_to_mmengine(self, module: nn.Module) -> None:
+        given = [name for name, value in (self.reading | self.matching).items() if value]
+        if given:
+            raise ValueError(
+                f"init_cfg of {type(module).__name__}: {', '.join(given)} is for NAT, DiNAT and DiNAT_s, and neither "
+                f"this module nor {self.checkpoint} has one; leave it out"
+            )
+        PretrainedInit(self.checkpoint, self.prefix)(module)
+
+
+def through_this_door(init_cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
+    """An `init_cfg` whose "Pretrained" entries are ours, those that name MMEngine's class as well."""
+    entries = [init_cfg] if isinstance(init_cfg, Mapping) else init_cfg or ()
+    ours = {"type": Pretrained}
+    return [{**entry, **(ours if entry["type"] in ("Pretrained", PretrainedInit) else {})} for entry in entries]
