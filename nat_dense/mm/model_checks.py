@@ -11,6 +11,7 @@ from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nat_dense.checkpoints.names import URLS
 from nat_dense.models.backbone import NeighborhoodBackbone
 
 TASK_OF_SCOPE = {"mmdet": "detection", "mmseg": "segmentation"}
@@ -67,7 +68,8 @@ def _check_initial_weights(node: Any, name: str) -> None:
         name.endswith("init_cfg")
         and isinstance(checkpoint, str)
         and "://" not in checkpoint
-        and not Path(checkpoint).is_file()
+        and checkpoint not in URLS
+        and not Path(checkpoint).exists()
     ):
         raise FileNotFoundError(f"{name}.checkpoint: no file {checkpoint!r}. {name}=None trains from scratch.")
     for key, value in node.items():

@@ -58,6 +58,14 @@ def test_missing_initial_weights():
         check_model(cfg)
 
 
+def test_initial_weights_by_published_name_or_from_a_folder(tmp_path):
+    """Nothing is fetched by the check."""
+    for checkpoint in ("nat-tiny", str(tmp_path)):
+        cfg = detector()
+        cfg.model.backbone.init_cfg = dict(type="Pretrained", checkpoint=checkpoint)
+        assert check_model(cfg)[0].backbone.init_cfg["checkpoint"] == checkpoint
+
+
 def test_batch_norm_with_one_image():
     cfg = segmentor("train_dataloader.batch_size=1")
     fit_to_machine(cfg)  # SyncBN of several processes could have more than one image
