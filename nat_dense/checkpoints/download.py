@@ -5,15 +5,12 @@ Files land in a cache, a partial download is resumed, and a file gets its final 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from difflib import get_close_matches
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path, PurePosixPath
@@ -21,6 +18,7 @@ from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 import torch
+from filelock import FileLock  # a dependency of torch
 
 from nat_dense.checkpoints.names import SHA256, URLS
 from nat_dense.checkpoints.reading import check_sha256
@@ -73,7 +71,8 @@ def _download(url: str, sha256: str | None) -> Path:
     if sha256 is None and (carried := re.search(r"-([0-9a-f]{8,64})\.\w+$", name)):
         sha256 = carried[1]
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target.with_suffix(target.suffix + ".lock")):
+    # One process of a machine downloads at a time: the others wait, and find the file.
+    with FileLock(target.with_suffix(target.suffix + ".lock")):
         if not target.exists():
             partial = target.with_suffix(target.suffix + ".partial")
             _complete(url, partial)
@@ -85,14 +84,6 @@ def _download(url: str, sha256: str | None) -> Path:
                     raise
             partial.replace(target)
     return target
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Lets one process of a machine download at a time: the others wait, and find the file."""
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _complete(url: str, partial: Path) -> None:
