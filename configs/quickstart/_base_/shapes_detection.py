@@ -10,7 +10,7 @@ test_keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
 
 # Decoding a picture of 128 x 128 takes less than handing it from one process to another: no workers.
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=4,
     num_workers=0,
     sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(

@@ -10,7 +10,7 @@ flip = dict(type='RandomFlip', prob=[0.25, 0.25, 0.25], direction=['horizontal',
 
 # Decoding a picture of 128 x 128 takes less than handing it from one process to another: no workers.
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=4,
     num_workers=0,
     sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(

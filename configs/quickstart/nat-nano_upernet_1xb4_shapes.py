@@ -6,7 +6,7 @@ _base_ = [
     './_base_/schedule.py',
 ]
 
-norm_cfg = dict(type='BN', requires_grad=True)
+norm_cfg = dict(_delete_=True, type='GN', num_groups=8)
 
 model = dict(
     data_preprocessor=dict(size=None, size_divisor=32, test_cfg=dict(size_divisor=32)),

@@ -1,0 +1,3 @@
+_base_ = ['./nat-nano_upernet_1xb4_shapes.py', './_base_/dinat-nano.py']
+
+model = dict(backbone={{_base_.dinat}})

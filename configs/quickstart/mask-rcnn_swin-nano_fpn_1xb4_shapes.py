@@ -1,0 +1,3 @@
+_base_ = ['./mask-rcnn_nat-nano_fpn_1xb4_shapes.py', './_base_/swin-nano.py']
+
+model = dict(backbone={{_base_.swin}})

@@ -1,0 +1,3 @@
+_base_ = ['./nat-nano_upernet_1xb4_shapes.py', './_base_/resnet18-w32.py']
+
+model = dict(backbone={{_base_.resnet}})
