@@ -1,13 +1,15 @@
-"""The quickstart's trainings with three backbones and several seeds, side by side: the same heads, data and iterations.
+"""The quickstart's trainings with four backbones and several seeds: the same heads, data and iterations.
 
 python benchmarks/quickstart.py --seeds 0 1 2
 
 prints a table, and writes it with every single number to quickstart.md and quickstart.json in the work-dir. What an
-earlier run finished is used again. Run it on an idle machine: it reports seconds.
+earlier run finished is used again. As many trainings run at once as there are cores, one thread each. Run it on an
+idle machine: it reports the seconds of a training beside such others.
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
 from collections.abc import Sequence
@@ -17,38 +19,48 @@ import torch
 from rich.console import Console
 
 from nat_dense.datasets.shapes import ShapesOptions, generate
-from nat_dense.quickstart import task_config, train
+from nat_dense.quickstart import Training, task_config, train
 from nat_dense.report.quickstart import HEADLINES, LABELS, as_fraction
 
-BACKBONES = {"NAT-Nano": "nat-nano", "ResNet-18, half width": "resnet18-w32", "Swin, nano": "swin-nano"}
-CONFIGS = {"detection": "mask-rcnn_{}_fpn_1xb8_shapes.py", "segmentation": "{}_upernet_1xb8_shapes.py"}
+BACKBONES = {
+    "NAT-Nano": "nat-nano",
+    "DiNAT-Nano": "dinat-nano",
+    "Swin, nano": "swin-nano",
+    "ResNet-18, half width": "resnet18-w32",
+}
+CONFIGS = {"detection": "mask-rcnn_{}_fpn_1xb4_shapes.py", "segmentation": "{}_upernet_1xb4_shapes.py"}
 COLUMNS = [LABELS[name] for name in HEADLINES]
 
 
-def measure(name: str, seed: int, args: argparse.Namespace, console: Console) -> dict[str, float]:
-    """Trains one backbone under both heads.
+def trainings(args: argparse.Namespace) -> dict[tuple[str, int, str], Training]:
+    """(backbone, seed, task) -> what to train: one seed of all backbones before the next."""
+    jobs = {}
+    for seed in args.seeds:
+        for name in (name for name, short in BACKBONES.items() if short in args.backbones):
+            for task, config in CONFIGS.items():
+                cfg = task_config(config.format(BACKBONES[name]), args.data, seed, args.budget)
+                folder = args.work_dir / f"{BACKBONES[name]}-{task}-seed{seed}"
+                jobs[name, seed, task] = Training(f"{name}, {task}, seed {seed}", cfg, folder)
+    return jobs
 
-    Returns:
-        Label -> metric from 0 to 1; "seconds" of both trainings with their evaluations, "parameters" of the backbone.
-    """
-    row: dict[str, float] = {"seconds": 0.0}
-    for task, config in CONFIGS.items():
-        cfg = task_config(config.format(BACKBONES[name]), args.data, seed, args.budget)
-        folder = args.work_dir / f"{BACKBONES[name]}-{task}-seed{seed}"
-        result = train(cfg, folder, f"{name}, {task}, seed {seed}: training", console)
-        row["seconds"] += result["seconds"]
-        row["parameters"] = result["backbone_parameters"]
+
+def rows_of(results: dict[tuple[str, int, str], dict]) -> dict[str, list[dict[str, float]]]:
+    """Backbone -> for each seed: label -> metric from 0 to 1, "parameters" of the backbone, "TASK seconds"."""
+    runs: dict[str, dict[int, dict[str, float]]] = {}
+    for (name, seed, task), result in results.items():
+        row = runs.setdefault(name, {}).setdefault(seed, {"parameters": result["backbone_parameters"]})
+        row[f"{task} seconds"] = result["seconds"]
         found = result["metrics"]
         row |= {LABELS[metric]: as_fraction(metric, found[metric]) for metric in HEADLINES if metric in found}
-    return row
+    return {name: list(seeds.values()) for name, seeds in runs.items()}
 
 
 def table(rows: dict[str, list[dict[str, float]]], args: argparse.Namespace) -> str:
     """Mean and sample standard deviation over the seeds, as Markdown."""
-    columns = [*COLUMNS, "seconds"]
+    columns = [*COLUMNS, *(f"{task} seconds" for task in CONFIGS)]
     lines = [
-        f"Seeds {' '.join(map(str, args.seeds))}, budget {args.budget}, {torch.get_num_threads()} threads of "
-        f"{platform.processor() or platform.machine()}, PyTorch {torch.__version__}.",
+        f"Seeds {' '.join(map(str, args.seeds))}, budget {args.budget}, {os.cpu_count()} trainings at once on as many "
+        f"cores of {platform.processor() or platform.machine()}, PyTorch {torch.__version__}.",
         "",
         f"| backbone | parameters (M) | {' | '.join(columns)} |",
         f"| --- | --- | {' | '.join('---' for _ in columns)} |",
@@ -57,7 +69,7 @@ def table(rows: dict[str, list[dict[str, float]]], args: argparse.Namespace) -> 
         cells = [name, f"{runs[0]['parameters'] / 1e6:.2f}"]
         for column in columns:
             values = [run[column] for run in runs]
-            digits = 0 if column == "seconds" else 3
+            digits = 0 if column.endswith("seconds") else 3
             spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
         lines.append(f"| {' | '.join(cells)} |")
@@ -73,12 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=Path("data/shapes"))
     args = parser.parse_args(argv)
 
-    console = Console()
     generate(args.data, ShapesOptions())
-    rows: dict[str, list[dict[str, float]]] = {}
-    for seed in args.seeds:
-        for name in (name for name, short in BACKBONES.items() if short in args.backbones):
-            rows.setdefault(name, []).append(measure(name, seed, args, console))
+    jobs = trainings(args)
+    rows = rows_of(dict(zip(jobs, train(list(jobs.values()), Console()), strict=True)))
     text = table(rows, args)
     (args.work_dir / "quickstart.md").write_text(text)
     (args.work_dir / "quickstart.json").write_text(json.dumps(rows, indent=1))

@@ -7,11 +7,58 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TextIO, TypeVar
 
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
 T = TypeVar("T")
 
 
+class Board:
+    """Where progress lines are shown: redrawn in place on a terminal, else written one after the other.
+
+    Args:
+        stream: Where to write; stderr when None.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self.in_place = self.stream.isatty()
+        self.texts: dict[ProgressLine, str] = {}
+        self.live: Live | None = None
+
+    def show(self, line: ProgressLine, text: str) -> None:
+        """Replaces what is shown of a line; where nothing can be redrawn, writes it below."""
+        if not self.in_place:
+            self._write(text)
+            return
+        self.texts[line] = text
+        if self.live is None:
+            console = Console(file=self.stream)
+            self.live = Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+            self.live.start()
+        self.live.update(Text("\n".join(self.texts.values())), refresh=True)
+
+    def end(self, line: ProgressLine, text: str) -> None:
+        """Writes a line for good, above those that go on."""
+        self.texts.pop(line, None)
+        if self.live is None:
+            self._write(text)
+            return
+        self.live.update(Text("\n".join(self.texts.values())))
+        self.live.console.print(Text(text))
+        if not self.texts:
+            self.live.transient = True  # nothing is left to show
+            self.live.stop()
+            self.live = None
+
+    def _write(self, text: str) -> None:
+        self.stream.write(text + "\n")
+        self.stream.flush()
+
+
 class ProgressLine:
-    """Counts steps and shows them with the time that is left: redrawn in place on a terminal, else every ten seconds.
+    """Counts steps and shows them with the time that is left: redrawn on a terminal, else every ten seconds.
 
     Nothing is shown of what takes less than a second.
 
@@ -19,18 +66,16 @@ class ProgressLine:
         what: What is being done, such as "Drawing pictures".
         total: Steps.
         done: Steps that were done before, in an earlier run; they don't count for the speed.
-        stream: Where to write; stderr when None.
+        board: Where to show it; lines of what runs at once share one. Its own, on stderr, when None.
     """
 
-    def __init__(self, what: str, total: int, done: int = 0, stream: TextIO | None = None) -> None:
+    def __init__(self, what: str, total: int, done: int = 0, board: Board | None = None) -> None:
         self.what, self.total, self.done = what, total, done
         self.before = done
-        self.stream = stream or sys.stderr
-        self.in_place = self.stream.isatty()
-        self.interval = 0.2 if self.in_place else 10.0
+        self.board = board or Board()
+        self.interval = 0.2 if self.board.in_place else 10.0
         self.start = time.monotonic()
         self.shown: float | None = None
-        self.width = 0
 
     def advance(self, note: str = "", steps: int = 1) -> None:
         """Counts steps; `note` is shown behind them."""
@@ -38,26 +83,18 @@ class ProgressLine:
         now = time.monotonic()
         if now - (self.shown or self.start + 1 - self.interval) >= self.interval:
             self.shown = now
-            self._write(self._text(now, note), end=False)
+            self.board.show(self, self._text(now, note))
 
     def close(self, note: str = "") -> None:
         """Writes the last state, with the time it took."""
         if self.shown is not None:
             seconds = time.monotonic() - self.start
-            self._write(f"{self.what}: {self.done}/{self.total} in {clock(seconds)}{_spaced(note)}", end=True)
+            self.board.end(self, f"{self.what}: {self.done}/{self.total} in {clock(seconds)}{_spaced(note)}")
 
     def _text(self, now: float, note: str) -> str:
         elapsed = now - self.start
         left = elapsed / max(1, self.done - self.before) * (self.total - self.done)
         return f"{self.what}: {self.done}/{self.total}, {clock(left)} left{_spaced(note)}"
-
-    def _write(self, text: str, end: bool) -> None:
-        if self.in_place:
-            self.stream.write("\r" + text.ljust(self.width) + ("\n" if end else ""))
-            self.width = len(text)
-        else:
-            self.stream.write(text + "\n")
-        self.stream.flush()
 
 
 def progress(items: Iterable[T], what: str, total: int) -> Iterator[T]:

@@ -1,21 +1,26 @@
 """The quickstart: from nothing to a trained NAT detector, a trained NAT segmentor, and a page that shows what they see.
 
-`prepare` reads the configs and generates the shapes; `run` trains each task through the same `build_runner` as
-tools/train.py, evaluates on the validation split and writes curves, pictures and report.html. `train` is one training;
-the benchmark that compares backbones calls it as well.
+`prepare` reads the configs and generates the shapes; `run` trains the tasks side by side through the `build_runner` of
+tools/train.py, evaluates on the validation split and writes curves, pictures and report.html. The benchmark that
+compares backbones calls `train` as well.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import sys
+import multiprocessing
+import os
 import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
+import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
@@ -24,7 +29,7 @@ from rich.console import Console
 from nat_dense.datasets.shapes import ShapesOptions, generate
 from nat_dense.mm.config import load_config
 from nat_dense.mm.runner import build_runner
-from nat_dense.progress import ProgressLine
+from nat_dense.progress import Board, ProgressLine
 from nat_dense.report.pictures import draw_examples, predict_examples
 from nat_dense.report.quickstart import EXAMPLES, PICTURES, Outcome, results_table, write_report
 
@@ -49,8 +54,8 @@ class Task:
 
 
 TASKS = (
-    Task("detection", "NAT Mask R-CNN", "mask-rcnn_nat-nano_fpn_1xb8_shapes.py"),
-    Task("segmentation", "NAT UPerNet", "nat-nano_upernet_1xb8_shapes.py"),
+    Task("detection", "NAT Mask R-CNN", "mask-rcnn_nat-nano_fpn_1xb4_shapes.py"),
+    Task("segmentation", "NAT UPerNet", "nat-nano_upernet_1xb4_shapes.py"),
 )
 
 
@@ -84,11 +89,11 @@ def run(work_dir: Path, configs: dict[Task, Config], options: ShapesOptions) -> 
         The report.
     """
     console = Console()
-    outcomes = []
-    for task, cfg in configs.items():
-        folder = work_dir / task.name
-        outcomes.append(Outcome(task.title, folder, train(cfg, folder, f"{task.title}: training", console), cfg))
-        console.print(results_table(outcomes[-1]))
+    trainings = [Training(task.title, cfg, work_dir / task.name) for task, cfg in configs.items()]
+    results = train(trainings, console)
+    outcomes = [Outcome(t.title, t.folder, result, t.cfg) for t, result in zip(trainings, results, strict=True)]
+    for outcome in outcomes:
+        console.print(results_table(outcome))
     report = write_report(work_dir / "report.html", outcomes, options)
     console.print(f"Everything on one page: [bold]{report}[/bold]")
     return report
@@ -121,40 +126,112 @@ def task_config(name: str, data: Path, seed: int = 0, budget: float = 1.0) -> Co
     return cfg
 
 
-def train(cfg: Config, folder: Path, what: str, console: Console) -> dict[str, Any]:
-    """Trains and evaluates one config in a folder of its own, unless that was done before.
+@dataclass(frozen=True)
+class Training:
+    """One config to train and evaluate.
+
+    Attributes:
+        title: For people.
+        cfg: As `task_config` returns.
+        folder: The work-dir, of this training alone.
+    """
+
+    title: str
+    cfg: Config
+    folder: Path
+
+
+def train(trainings: Sequence[Training], console: Console) -> list[dict[str, Any]]:
+    """Trains and evaluates side by side, a process and its share of the cores each, unless that was done before.
+
+    Models this small can't keep many cores busy: two trainings of one thread each get further than one after the
+    other on two.
 
     A run that was interrupted goes on from its last checkpoint. A folder with another config's run is renamed, not
     overwritten. MMEngine's own output goes to console.txt in the folder.
 
     Args:
-        cfg: As `task_config` returns.
-        folder: The work-dir.
-        what: What the progress line says.
+        trainings: What to train.
         console: Where to say what is reused.
 
     Returns:
-        `metrics` (name -> number, of the last evaluation), `iterations`, `seconds` of training and evaluating (in the
-        last start, where it was interrupted), `parameters` and `backbone_parameters`.
+        For each training `metrics` (name -> number, of the last evaluation), `iterations`, `seconds` of training and
+        evaluating (in the last start, where it was interrupted), `parameters` and `backbone_parameters`.
     """
+    unfinished = [training for training in trainings if not _is_finished(training, console)]
+    if unfinished:
+        _train_in_processes(unfinished)
+    return [json.loads((training.folder / RESULT).read_text()) for training in trainings]
+
+
+def _is_finished(training: Training, console: Console) -> bool:
+    """Looks at the folder, makes room in it, and says what is reused."""
+    cfg, folder = training.cfg, training.folder
     settings = _fingerprint(cfg)
     if folder.exists() and _read(folder / SETTINGS) != settings:
         kept = folder.with_name(f"{folder.name}-before-{time.strftime('%Y%m%d-%H%M%S')}")
         folder.rename(kept)
         console.print(f"{folder} held a run with other settings: kept as {kept}")
-    if (result := _read(folder / RESULT)) is not None:
+    if (folder / RESULT).is_file():
         console.print(f"{folder} holds this very run, finished: used as it is")
-        return result
+        return True
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / SETTINGS, settings)
     cfg.work_dir = str(folder)
     cfg.resume = (folder / "last_checkpoint").is_file()
     if cfg.resume:
         console.print(f"{folder} holds a part of this run: going on from its last checkpoint")
-    watch = _Watch(what)
-    console.print(f"{what.split(':')[0]}: loading (full log: {folder / 'console.txt'})")
+    console.print(f"{training.title}: loading (full log: {folder / 'console.txt'})")
+    return False
+
+
+def _train_in_processes(trainings: Sequence[Training]) -> None:
+    cores = os.cpu_count() or 1
+    workers = min(len(trainings), cores)
+    context = multiprocessing.get_context("spawn")  # forking a process that has run torch can hang
+    with context.Manager() as manager:
+        messages = manager.Queue()
+        with ProcessPoolExecutor(workers, context, _start_worker, (cores // workers,)) as pool:
+            running = {pool.submit(_train_one, training, messages): training.title for training in trainings}
+            board, lines, pending = Board(), {}, set(running)
+            try:
+                while pending:
+                    finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                    while not messages.empty():
+                        _show(*messages.get(), board, lines)
+                    for future in finished:
+                        future.result()
+                        if running[future] in lines:
+                            lines.pop(running[future]).close()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                raise
+
+
+def _show(
+    title: str, doing: str, done: int, total: int, note: str, board: Board, lines: dict[str, ProgressLine]
+) -> None:
+    """Brings the line of a training up to date."""
+    what = f"{title}: {doing}"
+    if title not in lines or lines[title].what != what:
+        if title in lines:
+            lines[title].close()
+        lines[title] = ProgressLine(what, total, done - 1, board)
+    lines[title].advance(note, done - lines[title].done)
+
+
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+
+
+def _train_one(training: Training, messages: Queue) -> None:
+    """Trains, evaluates, draws; leaves `RESULT` when all is done. Runs in a process of its own."""
+    folder = training.folder
+    watch = _Watch(training.title, messages)
     with (folder / "console.txt").open("a") as output, redirect_stdout(output), redirect_stderr(output):
-        runner = build_runner(cfg)
+        runner = build_runner(training.cfg)
         runner.register_hook(watch, priority="LOWEST")
         started = time.monotonic()
         runner.train()
@@ -163,9 +240,9 @@ def train(cfg: Config, folder: Path, what: str, console: Console) -> dict[str, A
         seconds = time.monotonic() - started
         dataset = runner.val_dataloader.dataset
         examples = predict_examples(runner.model, dataset, range(min(EXAMPLES, len(dataset))))
+        draw_examples(examples, dataset.metainfo["classes"], dataset.metainfo["palette"], folder / PICTURES)
         for handler in [handler for handler in runner.logger.handlers if getattr(handler, "stream", None) is output]:
             runner.logger.removeHandler(handler)  # the logger outlives the file
-    draw_examples(examples, dataset.metainfo["classes"], dataset.metainfo["palette"], folder / PICTURES)
     result = dict(
         metrics={name: float(value) for name, value in watch.metrics.items()},
         iterations=runner.iter,
@@ -174,45 +251,28 @@ def train(cfg: Config, folder: Path, what: str, console: Console) -> dict[str, A
         backbone_parameters=sum(parameter.numel() for parameter in runner.model.backbone.parameters()),
     )
     _write(folder / RESULT, result)
-    return result
 
 
 class _Watch(Hook):
-    """Shows how far training and evaluating are, and keeps the last evaluation's numbers."""
+    """Tells the parent process how far training and evaluating are, and keeps the last evaluation's numbers."""
 
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self.stream = sys.stderr  # of now: while the Runner works, the name stands for its log
+    def __init__(self, title: str, messages: Queue) -> None:
+        self.title, self.messages = title, messages
         self.metrics: dict[str, float] = {}
-        self.line: ProgressLine | None = None
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Advances the line of the training."""
-        if self.line is None:
-            self.line = ProgressLine(self.what, runner.max_iters, runner.iter, self.stream)
-        loss = float(outputs["loss"].detach())
-        self.line.advance(f"loss {loss:.3f}")
-
-    def before_val_epoch(self, runner: Runner) -> None:
-        """Ends the line of the training: evaluating has its own."""
-        self._close()
-        what = self.what.replace("training", f"evaluating after {runner.iter} iterations")
-        self.line = ProgressLine(what, len(runner.val_dataloader), stream=self.stream)
+        """Tells of one iteration."""
+        note = f"loss {float(outputs['loss'].detach()):.3f}"
+        self.messages.put((self.title, "training", runner.iter + 1, runner.max_iters, note))
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Advances the line of the evaluation."""
-        if self.line is not None:
-            self.line.advance()
+        """Tells of one batch of the evaluation."""
+        doing = f"evaluating after {runner.iter} iterations"
+        self.messages.put((self.title, doing, batch_idx + 1, len(runner.val_dataloader), ""))
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Keeps the numbers."""
         self.metrics = dict(metrics or {})
-        self._close()
-
-    def _close(self) -> None:
-        if self.line is not None:
-            self.line.close()
-            self.line = None
 
 
 def _fingerprint(cfg: Config) -> dict[str, str]:

@@ -5,7 +5,7 @@ import io
 import pytest
 
 from nat_dense import progress
-from nat_dense.progress import ProgressLine, clock
+from nat_dense.progress import Board, ProgressLine, clock
 
 
 class Terminal(io.StringIO):
@@ -22,7 +22,7 @@ def now(monkeypatch):
 
 def test_lines_tell_steps_time_left_and_time_taken(now):
     stream = io.StringIO()
-    line = ProgressLine("Counting", 10, stream=stream)
+    line = ProgressLine("Counting", 10, board=Board(stream))
     for _ in range(10):
         now[0] += 3
         line.advance("loss 1")
@@ -35,20 +35,27 @@ def test_lines_tell_steps_time_left_and_time_taken(now):
     ]
 
 
-def test_a_terminal_line_is_redrawn(now):
+def test_lines_of_a_terminal_are_redrawn(now, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
-    line = ProgressLine("Counting", 4, stream=stream)
+    board = Board(stream)
+    lines = [ProgressLine(what, 4, board=board) for what in ("Counting", "Sorting")]
     for _ in range(4):
         now[0] += 1
-        line.advance()
-    line.close()
-    assert stream.getvalue().count("\r") == 5
-    assert stream.getvalue().endswith("Counting: 4/4 in 0:04   \n")
+        for line in lines:
+            line.advance()
+    for line in lines:
+        line.close()
+    text = stream.getvalue()
+    assert all(f"Counting: {n}/4" in text and f"Sorting: {n}/4" in text for n in range(1, 5))
+    assert "\x1b[1A" in text, "the cursor goes up to redraw"
+    assert text.index("Counting: 4/4 in 0:04") < text.index("Sorting: 4/4 in 0:04")
+    assert board.live is None
 
 
 def test_what_is_quick_stays_silent(now):
     stream = io.StringIO()
-    line = ProgressLine("Counting", 100, stream=stream)
+    line = ProgressLine("Counting", 100, board=Board(stream))
     for _ in range(100):
         now[0] += 0.005
         line.advance()
@@ -58,7 +65,7 @@ def test_what_is_quick_stays_silent(now):
 
 def test_steps_of_an_earlier_run_do_not_count_for_the_speed(now):
     stream = io.StringIO()
-    line = ProgressLine("Training", 100, done=90, stream=stream)
+    line = ProgressLine("Training", 100, done=90, board=Board(stream))
     now[0] += 20
     line.advance(steps=2)
     assert stream.getvalue() == "Training: 92/100, 1:20 left\n"
