@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import time
@@ -115,14 +116,11 @@ def task_config(name: str, data: Path, seed: int = 0, budget: float = 1.0) -> Co
     iterations = round(cfg.train_cfg.max_iters * budget)
     if iterations < 10:
         raise ValueError(f"budget={budget} leaves {iterations} of {cfg.train_cfg.max_iters} iterations: expected >= 10")
-    lengths = [
-        (cfg.train_cfg, "max_iters"),
-        (cfg.train_cfg, "val_interval"),
-        (cfg.default_hooks.checkpoint, "interval"),
-    ]
-    lengths += [(scheduler, key) for scheduler in cfg.param_scheduler for key in ("begin", "end")]
-    for node, key in lengths:
-        node[key] = round(node[key] * budget)
+    cfg.train_cfg.max_iters = iterations
+    for scheduler in cfg.param_scheduler:
+        scheduler.update(begin=round(scheduler.begin * budget), end=round(scheduler.end * budget))
+    for node, key in ((cfg.train_cfg, "val_interval"), (cfg.default_hooks.checkpoint, "interval")):
+        node[key] = math.ceil(node[key] * budget)  # up: a shorter last interval, not one of a few iterations more
     return cfg
 
 

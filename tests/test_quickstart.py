@@ -14,8 +14,9 @@ from nat_dense.mm.config import load_config
 from nat_dense.quickstart import CONFIGS, TASKS, task_config
 from tests.mm.small import load_tool
 
-MINIATURE = ["--train", "24", "--val", "6", "--size", "64", "--budget", "0.012"]
+FULL = task_config(TASKS[0].config, Path("data")).train_cfg.max_iters
 ITERATIONS = 12
+MINIATURE = ["--train", "24", "--val", "6", "--size", "64", "--budget", str(ITERATIONS / FULL)]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,7 @@ def test_other_settings_keep_the_earlier_run(root, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--budget", "0.001"], "budget=0.001 leaves 1 of 1000 iterations: expected >= 10"),
+        (["--budget", "0.001"], f"budget=0.001 leaves {round(FULL / 1000)} of {FULL} iterations: expected >= 10"),
         (["--train", "0"], "train=0: expected a whole number of at least 1"),
         (["--val", "7"], "holds a shapes set made with"),
     ],
@@ -126,8 +127,15 @@ def test_the_configs_name_the_classes_and_colours_of_the_data():
         assert [tuple(colour) for colour in metainfo.palette] == palette[-len(expected) :], file
 
 
-def test_a_budget_scales_every_length():
-    cfg = task_config(TASKS[0].config, Path("data"), budget=0.5)
-    assert (cfg.train_cfg.max_iters, cfg.train_cfg.val_interval) == (500, 125)
-    assert [(s.begin, s.end) for s in cfg.param_scheduler] == [(0, 25), (25, 500)]
-    assert cfg.default_hooks.checkpoint.interval == 125
+@pytest.mark.parametrize("budget", [0.5, 0.3, 0.123])
+def test_a_budget_scales_every_length(budget):
+    cfg, full = (task_config(TASKS[0].config, Path("data"), budget=b) for b in (budget, 1.0))
+    iterations = cfg.train_cfg.max_iters
+    assert iterations == round(FULL * budget)
+    warmup = full.param_scheduler[0].end
+    assert [(s.begin, s.end) for s in cfg.param_scheduler] == [
+        (0, round(warmup * budget)),
+        (round(warmup * budget), iterations),
+    ]
+    for interval in (cfg.train_cfg.val_interval, cfg.default_hooks.checkpoint.interval):
+        assert 3 * interval < iterations <= 4 * interval, "four evaluations, the last one at the end"
