@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nat_dense.ops import cpu, reference
+from nat_dense.ops import cpu, reference, triton_na2d
 from nat_dense.ops.problem import Problem
 
 FORCE_VARIABLE = "NAT_DENSE_BACKEND"
@@ -33,6 +33,7 @@ class Backend:
 
 TABLE = (
     Backend("cpu", cpu.why_not, cpu.forward, cpu.backward, variants=cpu.VARIANTS),
+    Backend("triton", triton_na2d.why_not, triton_na2d.forward, triton_na2d.backward, variants=triton_na2d.VARIANTS),
     Backend("reference", lambda problem, variant: None, reference.forward, reference.backward),
 )
 """`backend="auto"` takes the first row that has no reason not to run."""

@@ -1,0 +1,168 @@
+"""What the kernels share: places, windows, loads and products."""
+
+# ruff: noqa: N803  (upper case marks what is known when a kernel is compiled)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def tile_of_program(shape, dilation, tiles, TILE: tl.constexpr):
+    """What this program works on.
+
+    Heads vary fastest, then groups: programs that run at the same time share cache lines and a region of the map.
+
+    Args:
+        shape: H, W, heads.
+        tiles: Rows and columns of tiles over the largest group.
+
+    Returns:
+        batch, head.
+        group: First token of the dilation group.
+        members: Rows and columns of tokens in the group.
+        first: Place of the tile's first token; beyond `members` where this group has fewer tiles than the largest.
+    """
+    groups_h, groups_w = tl.minimum(dilation[0], shape[0]), tl.minimum(dilation[1], shape[1])
+    rest = tl.program_id(0)
+    head = rest % shape[2]
+    rest = rest // shape[2]
+    group_w = rest % groups_w
+    rest = rest // groups_w
+    group_h = rest % groups_h
+    rest = rest // groups_h
+    tile_w = rest % tiles[1]
+    rest = rest // tiles[1]
+    tile_h = rest % tiles[0]
+    members = (tl.cdiv(shape[0] - group_h, dilation[0]), tl.cdiv(shape[1] - group_w, dilation[1]))
+    return rest // tiles[0], head, (group_h, group_w), members, (tile_h * TILE[0], tile_w * TILE[1])
+
+
+@triton.jit
+def places(first, BOX: tl.constexpr):
+    """Rows and columns of a box's tokens, each int32 [BOX rows * BOX columns]."""
+    index = tl.arange(0, BOX[0] * BOX[1])
+    return first[0] + index // BOX[1], first[1] + index % BOX[1]
+
+
+@triton.jit
+def within(place, members):
+    """Which places are in the group, and so on the map."""
+    return (place[0] < members[0]) & (place[1] < members[1])
+
+
+@triton.jit
+def completed(members, KERNEL: tl.constexpr):
+    """Rows and columns of a group with its padded tokens."""
+    return tl.maximum(members[0], KERNEL[0]), tl.maximum(members[1], KERNEL[1])
+
+
+@triton.jit
+def window_start(place, members, KERNEL: tl.constexpr):
+    """First place of a query's window on one axis of a completed group."""
+    return tl.minimum(tl.maximum(place - KERNEL // 2, 0), members - KERNEL)
+
+
+@triton.jit
+def key_box(first, members, KERNEL: tl.constexpr, TILE: tl.constexpr):
+    """First place, and the one after the last, of the keys in the windows of a tile of queries."""
+    full = completed(members, KERNEL)
+    last_h = tl.minimum(first[0] + TILE[0], members[0]) - 1
+    last_w = tl.minimum(first[1] + TILE[1], members[1]) - 1
+    low = (window_start(first[0], full[0], KERNEL[0]), window_start(first[1], full[1], KERNEL[1]))
+    end_h = window_start(last_h, full[0], KERNEL[0]) + KERNEL[0]
+    end_w = window_start(last_w, full[1], KERNEL[1]) + KERNEL[1]
+    return low, (end_h, end_w)
+
+
+@triton.jit
+def contiguous_strides(shape, CHANNELS: tl.constexpr):
+    """Strides of the first four axes of a contiguous [B, H, W, heads, CHANNELS]."""
+    token = shape[2].to(tl.int64) * CHANNELS
+    return shape[0] * shape[1] * token, shape[1] * token, token, CHANNELS
+
+
+@triton.jit
+def token_pointers(tensor, batch, head, group, place, dilation, strides):
+    """Pointers to the first channel of a head's tokens at places; strides are those of [B, H, W, heads]."""
+    row = (group[0] + dilation[0] * place[0]).to(tl.int64)
+    column = (group[1] + dilation[1] * place[1]).to(tl.int64)
+    return tensor + batch.to(tl.int64) * strides[0] + head * strides[3] + row * strides[1] + column * strides[2]
+
+
+@triton.jit
+def load_tokens(pointers, valid, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Tokens [len(pointers), BLOCK_D]; zeros where not valid and beyond DIM."""
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    return tl.load(pointers[:, None] + channel, mask=valid[:, None] & (channel < DIM), other=0.0)
+
+
+@triton.jit
+def store_tokens(pointers, valid, tokens, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The opposite of `load_tokens`, in the dtype that the pointers have."""
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    rounded = tokens.to(pointers.dtype.element_ty)
+    tl.store(pointers[:, None] + channel, rounded, mask=valid[:, None] & (channel < DIM))
+
+
+@triton.jit
+def complete(tokens, valid, pad, head, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Puts a head's padded token [DIM] where tokens are not valid; nothing without a pad."""
+    if pad is not None:
+        channel = tl.arange(0, BLOCK_D)
+        padded = tl.load(pad + head * DIM + channel, mask=channel < DIM, other=0.0)
+        tokens = tl.where(valid[:, None], tokens, padded[None, :])
+    return tokens
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    """a x b, summed in float32; "widened" is for Triton's interpreter, whose products know no bfloat16."""
+    if PRECISION == "widened":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32))
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def bias_table(bias, head, KERNEL: tl.constexpr, BINS: tl.constexpr):
+    """A head's biases [BINS rows * BINS columns] with BINS columns a row, or None without a bias.
+
+    Held in registers, so that a program looks its biases up in shared memory, in the layout of its products.
+    """
+    if bias is None:
+        return None
+    else:
+        index = tl.arange(0, BINS[0] * BINS[1])
+        row, column = index // BINS[1], index % BINS[1]
+        heights: tl.constexpr = 2 * KERNEL[0] - 1
+        widths: tl.constexpr = 2 * KERNEL[1] - 1
+        entries = bias + (head * heights + row) * widths + column
+        return tl.load(entries, mask=(row < heights) & (column < widths), other=0.0)
+
+
+@triton.jit
+def logits_of(products, keys, queries, members, table, scale, KERNEL: tl.constexpr, BINS: tl.constexpr):
+    """Scaled and biased products of queries and keys; -inf where a key is outside a query's window.
+
+    Args:
+        products: [M, N].
+        keys, queries: Places (rows, columns) with one axis of length 1 each, so that they broadcast to [M, N].
+        table: From `bias_table`.
+    """
+    full = completed(members, KERNEL)
+    # One comparison an axis: what lies before the window is large without a sign.
+    row = (keys[0] - window_start(queries[0], full[0], KERNEL[0])).to(tl.uint32)
+    column = (keys[1] - window_start(queries[1], full[1], KERNEL[1])).to(tl.uint32)
+    inside = (row < KERNEL[0]) & (column < KERNEL[1])
+    logits = products * scale
+    if table is not None:
+        size: tl.constexpr = BINS[0] * BINS[1]
+        offset_h, offset_w = keys[0] - queries[0] + KERNEL[0] - 1, keys[1] - queries[1] + KERNEL[1] - 1
+        # Outside a window any entry will do, but it must be one.
+        entry = tl.reshape((offset_h * BINS[1] + offset_w) & (size - 1), [products.shape[0] * products.shape[1]])
+        logits += tl.reshape(tl.gather(table, entry, 0), [products.shape[0], products.shape[1]])
+    return tl.where(inside, logits, float("-inf"))

@@ -1,0 +1,108 @@
+"""The forward kernel."""
+
+# ruff: noqa: N803  (upper case marks what is known when a kernel is compiled)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from nat_dense.ops.triton_kernels.common import (
+    LOG2_E,
+    bias_table,
+    complete,
+    contiguous_strides,
+    dot,
+    key_box,
+    load_tokens,
+    logits_of,
+    places,
+    store_tokens,
+    tile_of_program,
+    token_pointers,
+    within,
+)
+
+
+@triton.jit(do_not_specialize=["shape", "tiles"])
+def forward_kernel(
+    query,
+    key,
+    value,
+    bias,
+    pad_key,
+    pad_value,
+    out,
+    lse,
+    query_strides,
+    key_strides,
+    value_strides,
+    shape,
+    dilation,
+    tiles,
+    scale,
+    KERNEL: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BINS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Attention of a tile of queries.
+
+    Args:
+        query, key, value: [B, H, W, heads, DIM] with unit stride in DIM; their strides are of the other four axes.
+        bias: float32 [heads, 2 * rows - 1, 2 * columns - 1] times log2 e, contiguous, or None.
+        pad_key, pad_value: [heads, DIM], contiguous; None where the map holds a window.
+        out, lse: Written; [B, H, W, heads, DIM] and float32 [B, H, W, heads], contiguous.
+        shape: H, W, heads.
+        tiles: Rows and columns of tiles over the largest group.
+        scale: Of the products, times log2 e.
+        KERNEL, TILE, BLOCK: (rows, columns) of the window, of a program's queries and of the keys taken at a time.
+        BINS: Powers of two, at least 16, that hold 2 * KERNEL - 1.
+        PRECISION: Of products, see `dot`.
+    """
+    batch, head, group, members, first = tile_of_program(shape, dilation, tiles, TILE)
+    if (first[0] >= members[0]) | (first[1] >= members[1]):
+        return
+    queries = places(first, TILE)
+    valid = within(queries, members)
+    q_pointers = token_pointers(query, batch, head, group, queries, dilation, query_strides)
+    q = load_tokens(q_pointers, valid, DIM, BLOCK_D)
+
+    largest = tl.full([TILE[0] * TILE[1]], float("-inf"), tl.float32)
+    total = tl.zeros([TILE[0] * TILE[1]], tl.float32)
+    mixed = tl.zeros([TILE[0] * TILE[1], BLOCK_D], tl.float32)
+    table = bias_table(bias, head, KERNEL, BINS)
+    low, end = key_box(first, members, KERNEL, TILE)
+    across = tl.cdiv(end[1] - low[1], BLOCK[1])
+    for block in range(tl.cdiv(end[0] - low[0], BLOCK[0]) * across):
+        keys = places((low[0] + block // across * BLOCK[0], low[1] + block % across * BLOCK[1]), BLOCK)
+        real = within(keys, members)
+        k_pointers = token_pointers(key, batch, head, group, keys, dilation, key_strides)
+        k = complete(load_tokens(k_pointers, real, DIM, BLOCK_D), real, pad_key, head, DIM, BLOCK_D)
+        v_pointers = token_pointers(value, batch, head, group, keys, dilation, value_strides)
+        v = complete(load_tokens(v_pointers, real, DIM, BLOCK_D), real, pad_value, head, DIM, BLOCK_D)
+        logits = logits_of(
+            dot(q, tl.trans(k), PRECISION),
+            (keys[0][None, :], keys[1][None, :]),
+            (queries[0][:, None], queries[1][:, None]),
+            members,
+            table,
+            scale,
+            KERNEL,
+            BINS,
+        )
+        larger = tl.maximum(largest, tl.max(logits, 1))
+        shift = tl.where(larger == float("-inf"), 0.0, larger)  # no key of the window yet
+        weights = tl.exp2(logits - shift[:, None])
+        shrink = tl.exp2(largest - shift)
+        total = total * shrink + tl.sum(weights, 1)
+        mixed = mixed * shrink[:, None] + dot(weights.to(v.dtype), v, PRECISION)
+        largest = larger
+
+    out_pointers = token_pointers(out, batch, head, group, queries, dilation, contiguous_strides(shape, DIM))
+    store_tokens(out_pointers, valid, mixed / total[:, None], DIM, BLOCK_D)
+    lse_pointers = token_pointers(lse, batch, head, group, queries, dilation, contiguous_strides(shape, 1))
+    tl.store(lse_pointers, (largest + tl.log2(total)) / LOG2_E, mask=valid)

@@ -1,0 +1,281 @@
+"""The Triton back end: which problems it takes, its choice of tiles, and the launches of `triton_kernels/`."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from nat_dense.ops.problem import Pair, Problem, completed_size
+
+LARGEST_KERNEL = 13
+LARGEST_HEAD_DIM = 128
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST_GPU = (8, 0)
+"""Compute capability from which Triton supports NVIDIA's GPUs."""
+
+TILES: dict[str, Pair] = {"8x8": (8, 8), "16x4": (16, 4), "4x8": (4, 8), "4x4": (4, 4), "16x8": (16, 8)}
+"""Tokens that one program may own (rows, columns), by the name of the variant."""
+
+VARIANTS = tuple(TILES)
+
+LOAD_COST = 64
+"""What loading a token costs a program, in pairs of a query and a key that it could have computed instead."""
+
+
+# --- what runs --------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    from nat_dense.ops import triton_kernels
+
+    return triton_kernels
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1 when triton was imported)."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    return isinstance(_kernels().forward_kernel, InterpretedFunction)
+
+
+def why_not(problem: Problem, variant: str) -> str | None:
+    """Why the kernels can't run a problem, or None where they can. `variant` is one of `VARIANTS` or empty."""
+    if problem.dtype not in DTYPES:
+        return f"dtype {problem.dtype} is none of {', '.join(map(str, DTYPES))}"
+    if problem.head_dim > LARGEST_HEAD_DIM:
+        return f"head_dim {problem.head_dim} is larger than {LARGEST_HEAD_DIM}"
+    if max(problem.kernel_size) > LARGEST_KERNEL:
+        return f"kernel_size {problem.kernel_size} is larger than {LARGEST_KERNEL}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: `pip install triton`"
+    if interpreted():
+        return None
+    if problem.device != "cuda":
+        return f"the tensors are on {problem.device}, not on a GPU (TRITON_INTERPRET=1 runs the kernels there, slowly)"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < OLDEST_GPU:
+        found, needed = (".".join(map(str, pair)) for pair in (torch.cuda.get_device_capability(), OLDEST_GPU))
+        return f"the GPU has compute capability {found}; Triton needs {needed}"
+    return None
+
+
+# --- tiles ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a program works; pairs are (rows, columns).
+
+    Attributes:
+        owned: Tokens that it computes.
+        block: Tokens of the other side that it takes at a time.
+        warps: Of 32 threads.
+    """
+
+    owned: Pair
+    block: Pair
+    warps: int
+
+    @classmethod
+    def of(cls, owned: Pair, token_bytes: int) -> Tile:
+        block = (4, 16) if token_bytes <= 256 else (4, 8)  # two blocks of keys and values in shared memory at a time
+        return cls(owned, block, warps=math.prod(owned) // 16)
+
+    def cost(self, members: Pair, kernel_size: Pair) -> int:
+        """Of all queries of a dilation group of `members` tokens, in pairs of a query and a key."""
+        blocks = (_blocks(*axis) for axis in zip(members, kernel_size, self.owned, self.block, strict=True))
+        return math.prod(blocks) * math.prod(self.block) * (math.prod(self.owned) + LOAD_COST)
+
+
+def _blocks(members: int, kernel: int, owned: int, block: int) -> int:
+    """Blocks of keys on one axis, summed over the tiles of queries."""
+    full = max(members, kernel)
+
+    def start(place: int) -> int:
+        return min(max(place - kernel // 2, 0), full - kernel)
+
+    tiles = ((first, min(first + owned, members) - 1) for first in range(0, members, owned))
+    return sum(_cdiv(start(last) + kernel - start(first), block) for first, last in tiles)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_tile(members: Pair, kernel_size: Pair, token_bytes: int) -> Tile:
+    """The cheapest of `TILES` for dilation groups of `members` tokens, whose channels take `token_bytes`."""
+    tiles = [Tile.of(owned, token_bytes) for owned in TILES.values()]
+    return min(tiles, key=lambda tile: tile.cost(members, kernel_size))
+
+
+def _power_of_two(n: int) -> int:
+    """The least of at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+# --- launches ---------------------------------------------------------------------------------------------------------
+
+
+class _Launch:
+    """What the kernels of one call share."""
+
+    def __init__(self, query: Tensor, kernel_size: Pair, dilation: Pair, scale: float, variant: str):
+        batch, height, width, heads, dim = query.shape
+        block_d = max(16, _power_of_two(dim))
+        token_bytes = block_d * query.element_size()
+        size, groups = (height, width), math.prod(min(n, d) for n, d in zip((height, width), dilation, strict=True))
+        members = (_cdiv(height, dilation[0]), _cdiv(width, dilation[1]))
+        tile = Tile.of(TILES[variant], token_bytes) if variant else choose_tile(members, kernel_size, token_bytes)
+        tiles = tuple(_cdiv(n, owned) for n, owned in zip(members, tile.owned, strict=True))
+        self.programs_per_head = batch * groups * math.prod(tiles)
+        self.grid = (self.programs_per_head * heads,)
+        self.is_padded = completed_size(size, kernel_size, dilation) != size
+        self.arguments = {
+            "shape": (height, width, heads),
+            "dilation": dilation,
+            "tiles": tiles,
+            "scale": scale * math.log2(math.e),
+            "KERNEL": kernel_size,
+            "TILE": tile.owned,
+            "BLOCK": tile.block,
+            "BINS": tuple(max(16, _power_of_two(2 * k - 1)) for k in kernel_size),
+            "DIM": dim,
+            "BLOCK_D": block_d,
+            "PRECISION": _precision(query),
+            "num_warps": tile.warps,
+        }
+
+    def pads(self, query: Tensor, *pads: Tensor | None) -> list[Tensor | None]:
+        """The padded tokens in the dtype of the others; None where the map holds a window."""
+        return [None if t is None or not self.is_padded else t.to(query.dtype).contiguous() for t in pads]
+
+
+def _precision(query: Tensor) -> str:
+    """Of the kernels' products: what torch's own matrix products would use."""
+    if query.dtype is torch.bfloat16 and interpreted():
+        return "widened"
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # torch >= 2.9; reading the older setting may raise there
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if matmul.allow_tf32 else "ieee"
+
+
+def _strides(**tensors: Tensor) -> dict[str, tuple[int, ...]]:
+    return {f"{name}_strides": tensor.stride()[:4] for name, tensor in tensors.items()}
+
+
+def _bias(rpb: Tensor | None) -> Tensor | None:
+    """For logits in powers of two."""
+    return None if rpb is None else (rpb.float() * math.log2(math.e)).contiguous()
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    pad_key: Tensor | None,
+    pad_value: Tensor | None,
+    kernel_size: Pair,
+    dilation: Pair,
+    scale: float,
+    variant: str = "",
+) -> tuple[Tensor, Tensor]:
+    """As `reference.forward`, with the tile of `variant`."""
+    launch = _Launch(query, kernel_size, dilation, scale, variant)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(query.shape[:4], dtype=torch.float32, device=query.device)
+    pads = launch.pads(query, pad_key, pad_value)
+    with torch.cuda.device_of(query):
+        _kernels().forward_kernel[launch.grid](
+            query,
+            key,
+            value,
+            _bias(rpb),
+            *pads,
+            out,
+            lse,
+            **_strides(query=query, key=key, value=value),
+            **launch.arguments,
+            num_stages=2,
+        )
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    pad_key: Tensor | None,
+    pad_value: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kernel_size: Pair,
+    dilation: Pair,
+    scale: float,
+    variant: str = "",
+) -> tuple[Tensor | None, ...]:
+    """As `reference.backward`, with the tile of `variant`; the same bits in every run."""
+    launch = _Launch(query, kernel_size, dilation, scale, variant)
+    heads, dim = query.shape[3:]
+    bias, out, lse = _bias(rpb), out.contiguous(), lse.contiguous()
+    pads = launch.pads(query, pad_key, pad_value)
+    gradients = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value)]
+    delta = torch.empty_like(lse)
+    entries = [2 * k - 1 for k in kernel_size]
+
+    def sums(*shape: int) -> Tensor:
+        """Parts of programs, which those beyond a small group leave at zero."""
+        return torch.zeros(launch.programs_per_head, heads, *shape, dtype=torch.float32, device=query.device)
+
+    bias_sums = None if bias is None else sums(*entries)
+    pad_sums = sums(2, dim) if launch.is_padded else None
+    strides = _strides(grad_out=grad_out, query=query, key=key, value=value)
+    with torch.cuda.device_of(query):
+        _kernels().query_gradient_kernel[launch.grid](
+            grad_out,
+            query,
+            key,
+            value,
+            bias,
+            *pads,
+            out,
+            lse,
+            gradients[0],
+            delta,
+            bias_sums,
+            pad_sums,
+            **strides,
+            **launch.arguments,
+            grad_scale=scale,
+            num_stages=1,
+        )
+        _kernels().key_gradient_kernel[launch.grid](
+            grad_out,
+            query,
+            key,
+            value,
+            bias,
+            lse,
+            delta,
+            *gradients[1:],
+            **strides,
+            **launch.arguments,
+            grad_scale=scale,
+            num_stages=1,
+        )
+    grad_rpb = None if rpb is None or bias_sums is None else bias_sums.sum(0).to(rpb.dtype)
+    if pad_sums is None:
+        return *gradients, grad_rpb, *(None if pad is None else torch.zeros_like(pad) for pad in (pad_key, pad_value))
+    totals = zip(pad_sums.sum(0).unbind(1), (pad_key, pad_value), strict=True)
+    return *gradients, grad_rpb, *(None if pad is None else total.to(pad.dtype) for total, pad in totals)
