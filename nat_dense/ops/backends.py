@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nat_dense.ops import cpu, reference, triton_na2d
+from nat_dense.ops import cpu, natten_na2d, reference, triton_na2d
 from nat_dense.ops.problem import Problem
 
 FORCE_VARIABLE = "NAT_DENSE_BACKEND"
@@ -20,19 +20,21 @@ class Backend:
     Attributes:
         name: What users write.
         why_not: Why it can't run a problem, or None where it can. Called with the problem and the variant.
-        forward, backward: As in `reference.py`, plus the keyword `variant` where `variants` is not empty.
+        forward, backward: As in `reference.py`, plus the keyword `variant` where `variants` is not empty. No backward
+            where `why_not` declines every problem that needs a gradient.
         variants: What may follow the name and a colon: code paths of one back end, for tests and debugging.
     """
 
     name: str
     why_not: Callable[[Problem, str], str | None]
     forward: Callable
-    backward: Callable
+    backward: Callable | None
     variants: tuple[str, ...] = ()
 
 
 TABLE = (
     Backend("cpu", cpu.why_not, cpu.forward, cpu.backward, variants=cpu.VARIANTS),
+    Backend("natten", natten_na2d.why_not, natten_na2d.forward, None, variants=natten_na2d.VARIANTS),
     Backend("triton", triton_na2d.why_not, triton_na2d.forward, triton_na2d.backward, variants=triton_na2d.VARIANTS),
     Backend("reference", lambda problem, variant: None, reference.forward, reference.backward),
 )

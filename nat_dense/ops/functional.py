@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from nat_dense.ops import backends
+from nat_dense.ops import backends, reference
 from nat_dense.ops.problem import Pair, Problem, accumulation_dtype, completed_size
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -48,6 +49,9 @@ def na2d(
     Returns:
         [B, H, W, heads, head_dim] in the dtype of `query` (under autocast: in autocast's).
 
+    Under `torch.func` transforms (vmap, grad, jvp, ...) and forward-mode gradients the reference runs, in operations
+    that they know; it also has second derivatives.
+
     Raises:
         ValueError: Shapes, dtypes, kernel size, dilation or back-end name that don't fit, with what was found.
         RuntimeError: The named back end can't run this.
@@ -60,10 +64,26 @@ def na2d(
     _check_extras(query, rpb, pad_key, pad_value, kernel_size)
     backends.check_name(backend)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    tensors = (query, key, value, rpb, pad_key, pad_value)
+    if _is_transformed():
+        if backend not in ("auto", "reference"):
+            raise RuntimeError(
+                f"backend={backend!r} can't run under torch.func transforms or forward-mode gradients, only the "
+                "reference can. Use backend='auto' to let it"
+            )
+        return reference.forward(*tensors, kernel_size, dilation, scale)[0]
     out, _ = torch.ops.nat_dense.na2d(
         query, key, value, rpb, pad_key, pad_value, list(kernel_size), list(dilation), scale, backend
     )
     return out
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of `torch.func` or a forward-mode gradient is under way.
+
+    Neither reaches through the operator's own gradient rule: a tangent would be lost without a word.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _pair(name: str, value: int | Pair) -> Pair:

@@ -1,0 +1,114 @@
+"""The operator under `torch.func`, forward-mode gradients, `torch.export` with open sizes, and CUDA graphs."""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.export import Dim
+
+from nat_dense.models.attention import NeighborhoodAttention2D
+from nat_dense.ops import na2d, reference
+from tests.ops.cases import Case
+
+CASE = Case("small", (5, 6), (3, 3), (1, 2), dim=4)
+NAMES = ("query", "key", "value", "rpb")
+
+
+def inputs(seed=0):
+    tensors = CASE.tensors(seed=seed)
+    return tuple(tensors[name].detach() for name in NAMES)
+
+
+def attend(query, key, value, rpb, backend="auto"):
+    return na2d(query, key, value, CASE.kernel_size, CASE.dilation, rpb, backend=backend)
+
+
+def defined(query, key, value, rpb):
+    return reference.forward(query, key, value, rpb, None, None, CASE.kernel_size, CASE.dilation, CASE.dim**-0.5)[0]
+
+
+def test_vmap_is_a_loop():
+    pairs = [torch.stack(pair) for pair in zip(inputs(0), inputs(1), strict=True)]
+    found = torch.func.vmap(attend)(*pairs)
+    torch.testing.assert_close(found, torch.stack([attend(*inputs(0)), attend(*inputs(1))]))
+
+
+def test_grad_of_each_sample():
+    pairs = [torch.stack(pair) for pair in zip(inputs(0), inputs(1), strict=True)]
+    found = torch.func.vmap(torch.func.grad(lambda *t: attend(*t).square().sum(), argnums=(0, 3)))(*pairs)
+    for sample in (0, 1):
+        leaves = [t.requires_grad_() for t in inputs(sample)]
+        wanted = torch.autograd.grad(attend(*leaves).square().sum(), (leaves[0], leaves[3]))
+        for gradients, gradient in zip(found, wanted, strict=True):
+            torch.testing.assert_close(gradients[sample], gradient)
+
+
+@pytest.mark.parametrize("way", ["torch.func", "dual level"])
+def test_forward_mode_is_the_derivative(way):
+    """Against a central difference, which in float64 is right to a part in 10^8."""
+    points, tangents = inputs(0), inputs(1)
+    if way == "torch.func":
+        out, tangent = torch.func.jvp(attend, points, tangents)
+    else:
+        with forward_ad.dual_level():
+            out, tangent = forward_ad.unpack_dual(attend(*map(forward_ad.make_dual, points, tangents)))
+    step = 1e-6
+    ahead, behind = (attend(*(p + sign * step * t for p, t in zip(points, tangents, strict=True))) for sign in (1, -1))
+    torch.testing.assert_close(out, attend(*points))
+    torch.testing.assert_close(tangent, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-7)
+    assert tangent.abs().max() > 0.1
+
+
+def test_second_derivatives_come_from_the_reference():
+    *tokens, rpb = inputs()
+    found = torch.func.hessian(lambda bias: attend(*tokens, bias).square().sum())(rpb)
+    wanted = torch.autograd.functional.hessian(lambda bias: defined(*tokens, bias).square().sum(), rpb)
+    torch.testing.assert_close(found, wanted)
+    assert wanted.abs().max() > 0.01
+
+
+def test_transforms_refuse_a_named_backend():
+    with pytest.raises(RuntimeError, match=r"backend='cpu' can't run under torch\.func transforms"):
+        torch.func.vmap(lambda *t: attend(*t, backend="cpu"))(*(t[None] for t in inputs()))
+
+
+def test_a_transform_compiles():
+    gradient = torch.func.grad(lambda *t: attend(*t).square().sum())
+    compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs()), gradient(*inputs()))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_module_takes_any_size(strict):
+    """Also maps smaller than the window, which it has not seen."""
+    torch.manual_seed(0)
+    module = NeighborhoodAttention2D(8, 2, kernel_size=3, dilation=3).eval()
+    torch.nn.init.normal_(module.qkv.bias)
+    sizes = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC, 2: Dim.DYNAMIC},)
+    program = torch.export.export(module, (torch.randn(2, 12, 15, 8),), dynamic_shapes=sizes, strict=strict).module()
+    for size in ((2, 12, 15), (3, 9, 40), (2, 5, 11), (4, 3, 2)):
+        x = torch.randn(*size, 8)
+        torch.testing.assert_close(program(x), module(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_captured_in_a_cuda_graph():
+    leaves = [t.cuda().float().requires_grad_() for t in inputs()]
+    grad_out = torch.ones_like(leaves[0])
+
+    def step():
+        return torch.autograd.grad(attend(*leaves), leaves, grad_out)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for leaf, fresh in zip(leaves, inputs(1), strict=True):
+            leaf.copy_(fresh)
+    graph.replay()
+    for found, wanted in zip(captured, step(), strict=True):
+        torch.testing.assert_close(found, wanted)
