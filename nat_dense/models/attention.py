@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from nat_dense.models.layers import Linear
+from nat_dense.models.linear import Linear
 from nat_dense.ops import na2d, reference
 from nat_dense.ops.backends import check_name
 from nat_dense.ops.problem import completed_size
@@ -127,7 +127,8 @@ def attend(
     window = (kernel_size,) * 2, (dilation,) * 2
     size = (query.shape[1], query.shape[2])
     pad_key = pad_value = None
-    if completed_size(size, *window) != size:
+    # An exported program serves sizes that are not known yet; the operator needs the padding for the small ones.
+    if torch.compiler.is_exporting() or completed_size(size, *window) != size:
         pad_key, pad_value = (
             query.new_zeros(query.shape[3:]) if bias is None else bias.view(query.shape[3:])
             for bias in (key_bias, value_bias)
