@@ -6,6 +6,7 @@ metainfo = dict(
              (240, 130, 180)])
 
 load = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]
+test_pipeline = [*load, dict(type='PackSegInputs')]  # by this name MMSegmentation's inference_model looks for it
 flip = dict(type='RandomFlip', prob=[0.25, 0.25, 0.25], direction=['horizontal', 'vertical', 'diagonal'])
 
 # Decoding a picture of 128 x 128 takes less than handing it from one process to another: no workers.
@@ -30,7 +31,7 @@ val_dataloader = dict(
         metainfo=metainfo,
         reduce_zero_label=True,
         data_prefix=dict(img_path='images/validation', seg_map_path='annotations/validation'),
-        pipeline=[*load, dict(type='PackSegInputs')]))
+        pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
