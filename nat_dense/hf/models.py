@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BackboneOutput
+from transformers.utils import ModelOutput
 
 from nat_dense.hf.configuration import DinatConfig, NatConfig
 from nat_dense.hf.layers import Embeddings, Encoder, Layer, PatchEmbeddings, SelfAttention
@@ -47,8 +48,36 @@ class _PreTrained(PreTrainedModel):
             bool(config.output_hidden_states if output_hidden_states is None else output_hidden_states),
         )
 
+    def _in_form(self, output: ModelOutput, as_tuple: tuple, return_dict: bool | None) -> Any:
+        """The output, or its tuple where the call or else the configuration wants one."""
+        return output if (self.config.return_dict if return_dict is None else return_dict) else as_tuple
 
-class _Model(_PreTrained):
+
+class _Encoding(_PreTrained):
+    """What the bare model and the backbone share: embeddings and stages."""
+
+    def __init__(self, config: NatConfig):
+        super().__init__(config)
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+
+    def get_input_embeddings(self) -> PatchEmbeddings:
+        return self.embeddings.patch_embeddings
+
+    def _encode(
+        self, pixel_values: Tensor | None, output_attentions: bool, *, downsampled: bool
+    ) -> tuple[list[Tensor], tuple[Tensor, ...] | None]:
+        """The embeddings and each stage's map, after its downsampler or before it; each stage's weights if wanted."""
+        if pixel_values is None:
+            raise ValueError("You have to specify pixel_values: a tensor [batch, num_channels, height, width]")
+        hidden_states, attentions = [self.embeddings(pixel_values)], []
+        for after, before, weights in self.encoder(hidden_states[0], output_attentions):
+            hidden_states.append(after if downsampled else before)
+            attentions.append(weights)
+        return hidden_states, tuple(attentions) if output_attentions else None
+
+
+class _Model(_Encoding):
     """The encoder with a final norm and, if wanted, the mean over its tokens.
 
     Args:
@@ -63,14 +92,9 @@ class _Model(_PreTrained):
         super().__init__(config)
         self.num_levels = len(config.depths)
         self.num_features = config.hidden_size
-        self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
         self.layernorm = nn.LayerNorm(self.num_features, eps=config.layer_norm_eps)
         self.pooler = nn.AdaptiveAvgPool1d(1) if add_pooling_layer else None
         self.post_init()
-
-    def get_input_embeddings(self) -> PatchEmbeddings:
-        return self.embeddings.patch_embeddings
 
     def forward(
         self,
@@ -91,23 +115,17 @@ class _Model(_PreTrained):
             ValueError: No image, or one with another number of channels.
         """
         output_attentions, output_hidden_states = self._wants(output_attentions, output_hidden_states)
-        tokens = self.embeddings(_given(pixel_values))
-        hidden_states, attentions = [tokens], []
-        for outputs in self.encoder(tokens, output_attentions):
-            tokens = outputs[0]
-            hidden_states.append(tokens)
-            attentions.append(outputs[2])
-        tokens = self.layernorm(tokens)
+        hidden_states, attentions = self._encode(pixel_values, output_attentions, downsampled=True)
+        tokens = self.layernorm(hidden_states[-1])
         output = NatModelOutput(
             last_hidden_state=tokens,
             pooler_output=None if self.pooler is None else tokens.mean(dim=(1, 2)),
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            attentions=attentions,
             reshaped_hidden_states=_channels_first(hidden_states) if output_hidden_states else None,
         )
-        if self.config.return_dict if return_dict is None else return_dict:
-            return output
-        return (tokens, output.pooler_output, *_present(output.hidden_states, output.attentions))
+        as_tuple = (tokens, output.pooler_output, *_present(output.hidden_states, output.attentions))
+        return self._in_form(output, as_tuple, return_dict)
 
 
 class _ForImageClassification(_PreTrained):
@@ -156,12 +174,11 @@ class _ForImageClassification(_PreTrained):
             attentions=features.attentions,
             reshaped_hidden_states=features.reshaped_hidden_states,
         )
-        if self.config.return_dict if return_dict is None else return_dict:
-            return output
-        return (*_present(output.loss), logits, *_present(output.hidden_states, output.attentions))
+        as_tuple = (*_present(output.loss), logits, *_present(output.hidden_states, output.attentions))
+        return self._in_form(output, as_tuple, return_dict)
 
 
-class _Backbone(BackboneMixin, _PreTrained):
+class _Backbone(BackboneMixin, _Encoding):
     """Maps of several stages, each with a norm of its own, for transformers' dense models.
 
     Args:
@@ -171,16 +188,11 @@ class _Backbone(BackboneMixin, _PreTrained):
     def __init__(self, config: NatConfig):
         super().__init__(config)
         init_backbone(self, config)
-        self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
         self.num_features = [config.embed_dim, *(config.embed_dim * 2**i for i in range(len(config.depths)))]
         self.hidden_states_norms = nn.ModuleDict(
             {stage: nn.LayerNorm(dim) for stage, dim in zip(self.out_features, self.channels, strict=True)}
         )
         self.post_init()
-
-    def get_input_embeddings(self) -> PatchEmbeddings:
-        return self.embeddings.patch_embeddings
 
     def forward(
         self,
@@ -204,11 +216,7 @@ class _Backbone(BackboneMixin, _PreTrained):
             ValueError: No image, or one with another number of channels.
         """
         output_attentions, output_hidden_states = self._wants(output_attentions, output_hidden_states)
-        tokens = self.embeddings(_given(pixel_values))
-        hidden_states, attentions = [tokens], []
-        for outputs in self.encoder(tokens, output_attentions):
-            hidden_states.append(outputs[1])
-            attentions.append(outputs[2])
+        hidden_states, attentions = self._encode(pixel_values, output_attentions, downsampled=False)
         maps = dict(zip(self.stage_names, hidden_states, strict=True))
         output = BackboneOutput(
             feature_maps=tuple(
@@ -216,11 +224,9 @@ class _Backbone(BackboneMixin, _PreTrained):
                 for stage in self.out_features
             ),
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            attentions=attentions,
         )
-        if self.config.return_dict if return_dict is None else return_dict:
-            return output
-        return (output.feature_maps, *_present(output.hidden_states))
+        return self._in_form(output, (output.feature_maps, *_present(output.hidden_states)), return_dict)
 
 
 class NatModel(_Model):
@@ -265,12 +271,6 @@ class DinatBackbone(_Backbone):
 
     config_class = DinatConfig
     base_model_prefix = "dinat"
-
-
-def _given(pixel_values: Tensor | None) -> Tensor:
-    if pixel_values is None:
-        raise ValueError("You have to specify pixel_values: a tensor [batch, num_channels, height, width]")
-    return pixel_values
 
 
 def _channels_first(maps: list[Tensor]) -> tuple[Tensor, ...]:

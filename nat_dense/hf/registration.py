@@ -7,7 +7,7 @@ from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageC
 
 from nat_dense.hf import models
 from nat_dense.hf.configuration import DinatConfig, NatConfig
-from nat_dense.hf.versions import register_image_processor
+from nat_dense.hf.versions import hide_new_natten, register_image_processor
 
 
 def register() -> None:
@@ -16,6 +16,7 @@ def register() -> None:
     transformers 4.57's classes need a NATTEN that no longer installs; 5 has no NAT, and a DiNAT whose forward fails
     or is wrong. A configuration of transformers' own classes leads to these models as well.
     """
+    hide_new_natten()
     register_image_processor(NatConfig)
     for config, name in ((NatConfig, "Nat"), (DinatConfig, "Dinat")):
         AutoConfig.register(config.model_type, config, exist_ok=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import transformers
+from packaging.version import Version
 from transformers import AutoImageProcessor, PretrainedConfig
 from transformers.utils import is_torchvision_available
 
@@ -14,7 +16,14 @@ try:
 except ImportError:  # before 5.0
     from transformers.utils.backbone_utils import BackboneConfigMixin, BackboneMixin
 
-__all__ = ["BackboneConfigMixin", "BackboneMixin", "init_backbone", "register_image_processor", "set_outputs"]
+__all__ = [
+    "BackboneConfigMixin",
+    "BackboneMixin",
+    "hide_new_natten",
+    "init_backbone",
+    "register_image_processor",
+    "set_outputs",
+]
 
 
 def set_outputs(config: Any, out_features: list[str] | None, out_indices: Sequence[int] | None) -> None:
@@ -47,3 +56,12 @@ def register_image_processor(config_class: type[PretrainedConfig]) -> None:
     if is_torchvision_available():
         classes["torchvision"] = transformers.ViTImageProcessor
     AutoImageProcessor.register(config_class, image_processor_classes=classes, exist_ok=True)
+
+
+def hide_new_natten() -> None:
+    """Lets transformers import its own DiNAT, which pipelines do by name, beside a NATTEN that is too new for it.
+
+    Its module imports two functions that NATTEN dropped in 0.17.5, wherever any NATTEN is installed.
+    """
+    if transformers.utils.is_natten_available() and Version(version("natten")) >= Version("0.17.5"):
+        transformers.utils.is_natten_available = lambda: False
