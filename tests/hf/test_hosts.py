@@ -22,6 +22,15 @@ REGIONS = dict(
     class_labels=[torch.tensor([0, 1])] * 2,
 )
 MASKFORMER_DECODER = dict(model_type="detr", **DETR)
+RT_DETR = dict(
+    encoder_in_channels=[32, 64, 128],
+    encoder_hidden_dim=32,
+    encoder_ffn_dim=32,
+    decoder_in_channels=[32, 32, 32],
+    decoder_ffn_dim=32,
+    d_model=32,
+    num_denoising=0,
+)
 TIMM_OFF = dict(use_timm_backbone=False, use_pretrained_backbone=False, backbone=None)
 """What some configurations of 4.57 want to hear before they take a backbone that is not timm's."""
 
@@ -55,21 +64,10 @@ HOSTS = {
         dict(hidden_size=32, encoder_ffn_dim=32, decoder_ffn_dim=32) | QUERIES | LAYERS,
         dict(labels=BOXES),
     ),
-    "RTDetrForObjectDetection": (
-        STAGES[1:],
-        dict(
-            encoder_in_channels=[32, 64, 128],
-            encoder_hidden_dim=32,
-            encoder_ffn_dim=32,
-            decoder_in_channels=[32, 32, 32],
-            decoder_ffn_dim=32,
-            d_model=32,
-            num_denoising=0,
-        )
-        | QUERIES
-        | LAYERS,
-        dict(labels=BOXES),
-    ),
+    **{
+        f"{name}ForObjectDetection": (STAGES[1:], RT_DETR | QUERIES | LAYERS, dict(labels=BOXES))
+        for name in ("RTDetr", "RTDetrV2", "DFine")
+    },
     "VitMatteForImageMatting": (
         STAGES[2:3],
         dict(hidden_size=64, convstream_hidden_sizes=[8, 16, 32], fusion_hidden_sizes=[16, 16, 16, 16]),
@@ -94,7 +92,8 @@ def test_trains_a_step(name, family):
     out_features, fields, targets = deepcopy(HOSTS[name])  # 4.57 takes entries out of dictionaries that it is given
     channels = 4 if name == "VitMatteForImageMatting" else 3
     cls = getattr(transformers, name)
-    if transformers.__version__.startswith("4.") and fields.get("encoder_ffn_dim") and not name.startswith("RTDetr"):
+    of_detr = "encoder_ffn_dim" in fields and "encoder_in_channels" not in fields
+    if transformers.__version__.startswith("4.") and of_detr:
         fields = fields | TIMM_OFF
     model = cls(cls.config_class(backbone_config=backbone_config(family, out_features, channels), **fields)).train()
     backbones = [module for module in model.modules() if isinstance(module, hf.NatBackbone | hf.DinatBackbone)]
@@ -109,3 +108,11 @@ def test_trains_a_step(name, family):
         gradient = level.layers[0].attention.self.rpb.grad
         assert torch.isfinite(gradient).all()
         assert gradient.abs().max() > 0
+
+
+def test_dpt_does_not_take_maps():
+    """Nor do its kin: they rearrange the token sequences of a plain ViT, whatever the backbone returns."""
+    cls = transformers.DPTForSemanticSegmentation
+    model = cls(cls.config_class(backbone_config=backbone_config("Nat", STAGES, 3)))
+    with pytest.raises(RuntimeError, match="is invalid for input of size"):
+        model(pixel_values=torch.rand(2, 3, 64, 96))
