@@ -33,7 +33,6 @@ class Published:
         drop_path_rate: Stochastic depth of the training.
         box_ap, mask_ap: COCO val2017 in percent; None for segmentors.
         miou, miou_ms: ADE20K val in percent, one scale and six scales with flips; None for detectors.
-        checkpoint: The released weights of the whole model.
         dilations: The preset of `variants.DILATIONS`; None for NAT.
         learning_rate: Of AdamW, for 16 images a step.
         amp: Whether it was trained in mixed precision.
@@ -45,7 +44,6 @@ class Published:
     params_m: int
     gmacs: int
     drop_path_rate: float
-    checkpoint: str
     box_ap: float | None = None
     mask_ap: float | None = None
     miou: float | None = None
@@ -93,10 +91,29 @@ class Published:
         return f"configs/{self.method}/{backbone}_{self.method}_8xb2-{amp}160k_ade20k-{crop}.py"
 
     @property
+    def checkpoint(self) -> str:
+        """Where the released weights of the whole model are."""
+        model, method = f"{self.family}_{self.arch}".lower(), self.method.replace("_", "")
+        detects = self.task == "detection"
+        if self.family == "NAT":
+            return f"{NAT_DENSE_ROOT}{'DET' if detects else 'SEG'}/{model}_{method}.pth"
+        # The released files of DiNAT's cascades say "cascaded".
+        method = method.replace("cascade", "cascaded")
+        return f"{DINAT_DENSE_ROOT}{'coco' if detects else 'ade20k'}/{method}_{model}.pth"
+
+    @property
     def pretrained(self) -> str:
         """The released classification weights that the training started from."""
         row = self.variant
         return row.checkpoint_22k or row.checkpoint or ""
+
+
+def _published(
+    method: str, model: str, params_m: int, gmacs: int, drop_path_rate: float, dilations: str, **fields
+) -> Published:
+    family, arch = model.split("-")
+    fields["dilations"] = None if family == "NAT" else dilations
+    return Published(method, family, arch, params_m, gmacs, drop_path_rate, **fields)
 
 
 def _detector(
@@ -110,28 +127,8 @@ def _detector(
     learning_rate: float = 1e-4,
     amp: bool = True,
 ) -> Published:
-    family, arch = model.split("-")
-    short = method.replace("_", "")
-    if family == "NAT":
-        checkpoint = f"{NAT_DENSE_ROOT}DET/nat_{arch}_{short}.pth"
-    else:
-        # The released files of the cascade say "cascaded".
-        short = short.replace("cascade", "cascaded")
-        checkpoint = f"{DINAT_DENSE_ROOT}coco/{short}_{family.lower()}_{arch}.pth"
-    return Published(
-        method,
-        family,
-        arch,
-        params_m,
-        gmacs,
-        drop_path_rate,
-        checkpoint,
-        box_ap=box_ap,
-        mask_ap=mask_ap,
-        dilations=None if family == "NAT" else "detection",
-        learning_rate=learning_rate,
-        amp=amp,
-    )
+    fields = dict(box_ap=box_ap, mask_ap=mask_ap, learning_rate=learning_rate, amp=amp)
+    return _published(method, model, params_m, gmacs, drop_path_rate, "detection", **fields)
 
 
 def _segmentor(
@@ -144,25 +141,8 @@ def _segmentor(
     dilations: str = "segmentation",
     amp: bool = True,
 ) -> Published:
-    family, arch = model.split("-")
-    if family == "NAT":
-        checkpoint = f"{NAT_DENSE_ROOT}SEG/nat_{arch}_upernet.pth"
-    else:
-        checkpoint = f"{DINAT_DENSE_ROOT}ade20k/upernet_{family.lower()}_{arch}.pth"
-    return Published(
-        "upernet",
-        family,
-        arch,
-        params_m,
-        gmacs,
-        drop_path_rate,
-        checkpoint,
-        miou=miou,
-        miou_ms=miou_ms,
-        dilations=None if family == "NAT" else dilations,
-        learning_rate=6e-5,
-        amp=amp,
-    )
+    fields = dict(miou=miou, miou_ms=miou_ms, learning_rate=6e-5, amp=amp)
+    return _published("upernet", model, params_m, gmacs, drop_path_rate, dilations, **fields)
 
 
 MASK_RCNN = tuple(
