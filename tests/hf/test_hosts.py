@@ -113,6 +113,7 @@ def test_trains_a_step(name, family):
 def test_dpt_does_not_take_maps():
     """Nor do its kin: they rearrange the token sequences of a plain ViT, whatever the backbone returns."""
     cls = transformers.DPTForSemanticSegmentation
-    model = cls(cls.config_class(backbone_config=backbone_config("Nat", STAGES, 3)))
-    with pytest.raises(RuntimeError, match="is invalid for input of size"):
-        model(pixel_values=torch.rand(2, 3, 64, 96))
+    config = cls.config_class(backbone_config=backbone_config("Nat", STAGES, 3))
+    # 5 fails in its neck, 4.57 before it, in looking for the token sequences.
+    with pytest.raises((RuntimeError, TypeError), match=r"is invalid for input of size|'NoneType' is not iterable"):
+        cls(config)(pixel_values=torch.rand(2, 3, 64, 96))
