@@ -84,8 +84,9 @@ class Tile:
     warps: int
 
     @classmethod
-    def of(cls, owned: Pair, token_bytes: int) -> Tile:
-        block = (4, 16) if token_bytes <= 256 else (4, 8)  # two blocks of keys and values in shared memory at a time
+    def of(cls, owned: Pair, itemsize: int) -> Tile:
+        """The block is as large as registers allow; in float32 products take each operand in two halves."""
+        block = (4, 16) if itemsize == 2 else (4, 8)
         return cls(owned, block, warps=math.prod(owned) // 16)
 
     def cost(self, members: Pair, kernel_size: Pair) -> int:
@@ -106,9 +107,9 @@ def _blocks(members: int, kernel: int, owned: int, block: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_tile(members: Pair, kernel_size: Pair, token_bytes: int) -> Tile:
-    """The cheapest of `TILES` for dilation groups of `members` tokens, whose channels take `token_bytes`."""
-    tiles = [Tile.of(owned, token_bytes) for owned in TILES.values()]
+def choose_tile(members: Pair, kernel_size: Pair, itemsize: int) -> Tile:
+    """The cheapest of `TILES` for dilation groups of `members` tokens, with numbers of `itemsize` bytes."""
+    tiles = [Tile.of(owned, itemsize) for owned in TILES.values()]
     return min(tiles, key=lambda tile: tile.cost(members, kernel_size))
 
 
@@ -129,11 +130,10 @@ class _Launch:
 
     def __init__(self, query: Tensor, kernel_size: Pair, dilation: Pair, scale: float, variant: str):
         batch, height, width, heads, dim = query.shape
-        block_d = max(16, _power_of_two(dim))
-        token_bytes = block_d * query.element_size()
+        itemsize = query.element_size()
         size, groups = (height, width), math.prod(min(n, d) for n, d in zip((height, width), dilation, strict=True))
         members = (_cdiv(height, dilation[0]), _cdiv(width, dilation[1]))
-        tile = Tile.of(TILES[variant], token_bytes) if variant else choose_tile(members, kernel_size, token_bytes)
+        tile = Tile.of(TILES[variant], itemsize) if variant else choose_tile(members, kernel_size, itemsize)
         tiles = tuple(_cdiv(n, owned) for n, owned in zip(members, tile.owned, strict=True))
         self.programs_per_head = batch * groups * math.prod(tiles)
         self.grid = (self.programs_per_head * heads,)
@@ -148,7 +148,7 @@ class _Launch:
             "BLOCK": tile.block,
             "BINS": tuple(max(16, _power_of_two(2 * k - 1)) for k in kernel_size),
             "DIM": dim,
-            "BLOCK_D": block_d,
+            "BLOCK_D": max(16, _power_of_two(dim)),
             "PRECISION": _precision(query),
             "num_warps": tile.warps,
         }
@@ -159,13 +159,19 @@ class _Launch:
 
 
 def _precision(query: Tensor) -> str:
-    """Of the kernels' products: what torch's own matrix products would use."""
+    """Of products of float32: tf32 where torch's own matrix products may use it, else three of them for one.
+
+    Three products of tf32 halves have an error like float32's. Triton's products in true float32 run outside the
+    matrix units, which takes far more registers than a program has.
+    """
     if query.dtype is torch.bfloat16 and interpreted():
         return "widened"
+    if torch.version.hip is not None:
+        return "ieee"
     matmul = torch.backends.cuda.matmul
     if hasattr(matmul, "fp32_precision"):  # torch >= 2.9; reading the older setting may raise there
-        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
-    return "tf32" if matmul.allow_tf32 else "ieee"
+        return "tf32" if matmul.fp32_precision == "tf32" else "tf32x3"
+    return "tf32" if matmul.allow_tf32 else "tf32x3"
 
 
 def _strides(**tensors: Tensor) -> dict[str, tuple[int, ...]]:

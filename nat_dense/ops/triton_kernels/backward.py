@@ -152,10 +152,11 @@ def sums_by_offset(
     pairs = tl.permute(tl.reshape(pairs, [TILE[0], TILE[1], BLOCK[0], BLOCK[1]]), [0, 2, 1, 3])
     column = tl.arange(0, columns)
     to_bin_w = (bin_w + column % BLOCK[1] - column // BLOCK[1])[:, None] == tl.arange(0, BINS[1])[None, :]
-    by_column = dot(tl.reshape(pairs, [rows, columns]), to_bin_w.to(pairs.dtype), PRECISION)
+    to_bin_w = tl.where(to_bin_w, 1.0, 0.0).to(pairs.dtype)
+    by_column = dot(tl.reshape(pairs, [rows, columns]), to_bin_w, PRECISION)
     row = tl.arange(0, rows)
     to_bin_h = tl.arange(0, BINS[0])[:, None] == (bin_h + row % BLOCK[0] - row // BLOCK[0])[None, :]
-    return dot(to_bin_h.to(tl.float32), by_column, "ieee")
+    return dot(tl.where(to_bin_h, 1.0, 0.0), by_column, PRECISION)
 
 
 @triton.jit

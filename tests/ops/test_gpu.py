@@ -1,0 +1,169 @@
+"""The operator on a GPU at full size: stage shapes, precisions, limits of indices, graphs and compilation."""
+
+import pytest
+import torch
+
+from nat_dense.ops import backend_report, na2d, triton_na2d
+from nat_dense.ops.problem import Problem
+from tests.ops.cases import Case
+from tests.ops.test_cpu import assert_close
+from tests.ops.test_triton import named
+
+REASON = (
+    triton_na2d.why_not(Problem((9, 9), (3, 3), (1, 1), 32, torch.bfloat16, "cuda", True), "")
+    if torch.cuda.is_available()
+    else "there is no GPU"
+)
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+# NAT-Tiny at 800 x 1216, without dilation and with detection's, and one map that its window doesn't fit into.
+STAGES = tuple(
+    Case(f"{height} x {width}, dilation {d}", (height, width), dilation=(d, d), heads=heads)
+    for height, width, heads, largest in ((200, 304, 2, 28), (100, 152, 4, 14), (50, 76, 8, 7), (25, 38, 16, 3))
+    for d in (1, largest)
+)
+FULL = (
+    *STAGES,
+    Case("padded", (64, 80), dilation=(28, 28), heads=2, padded=True),
+    Case("largest window and head", (40, 70), (13, 13), (1, 2), heads=2, dim=128),
+    Case("smallest window, odd head", (65, 67), (3, 3), (2, 3), heads=3, dim=40, strided=True),
+)
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-6, torch.float16: 2**-8}
+"""Of the largest of millions of values; weights and gradients of logits are rounded to the tokens' dtype."""
+
+
+def run(case: Case, dtype: torch.dtype, backend: str, rounded: torch.dtype) -> dict[str, torch.Tensor]:
+    """Output and gradients in `dtype`, on inputs rounded to `rounded`."""
+    tensors = {n: None if t is None else t.detach().to(dtype) for n, t in case.tensors(rounded, device="cuda").items()}
+    grad_out = tensors.pop("grad_out")
+    leaves = {name: t.requires_grad_() for name, t in tensors.items() if t is not None}
+    out = na2d(kernel_size=case.kernel_size, dilation=case.dilation, backend=backend, **tensors)
+    gradients = torch.autograd.grad(out, leaves.values(), grad_out)
+    return {"out": out.detach()} | dict(zip(leaves, gradients, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", FULL, ids=lambda case: case.name)
+def test_equals_reference_in_float64(case, dtype):
+    found, wanted = run(case, dtype, "auto", dtype), run(case, torch.float64, "reference", dtype)
+    if case.padded and dtype is not torch.float32:  # gradients of logits cancel where most keys are the padded one
+        found, wanted = ({name: each[name] for name in ("out", "value", "pad_value")} for each in (found, wanted))
+    assert_close(found, wanted, TOLERANCE[dtype])
+
+
+def test_tf32_is_used_only_where_torch_may_use_it():
+    case = STAGES[4]
+    exact = run(case, torch.float64, "reference", torch.float32)["out"]
+
+    def error() -> float:
+        return (run(case, torch.float32, "triton", torch.float32)["out"] - exact).abs().max().item()
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        full = error()
+        torch.set_float32_matmul_precision("high")
+        short = error()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert full < 1e-5 < 1e-4 < short
+
+
+def test_auto_takes_triton():
+    assert backend_report(Problem((9, 9), (3, 3), (1, 1), 32, torch.bfloat16, "cuda", True))["triton"] is None
+
+
+@pytest.mark.parametrize("case", [STAGES[0], STAGES[1], FULL[-3]], ids=lambda case: case.name)
+def test_same_bits_in_every_run(case):
+    first, second = (run(case, torch.bfloat16, "triton", torch.bfloat16) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_more_programs_than_a_launch_axis_has():
+    """70,000 maps and heads: each must equal the first, whose data it repeats."""
+    case = Case("many", (8, 8), (3, 3), heads=1, dim=16)
+    tensors = {n: None if t is None else t.detach() for n, t in case.tensors(torch.bfloat16, device="cuda").items()}
+    tensors.pop("grad_out")
+    one = na2d(kernel_size=3, backend="triton", **tensors)
+    many = {n: t if n == "rpb" or t is None else t.expand(70_000, -1, -1, -1, -1) for n, t in tensors.items()}
+    assert torch.equal(na2d(kernel_size=3, backend="triton", **many), one.expand(70_000, -1, -1, -1, -1))
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < 24 << 30, reason="less than 24 GiB of GPU memory"
+)
+def test_offsets_beyond_two_to_the_31():
+    """The last map of a batch of more than 2**31 numbers equals the same map alone, with its gradients."""
+    qkv = torch.randn(6, 512, 512, 3, 4, 128, dtype=torch.bfloat16, device="cuda")
+    assert qkv.numel() > 2**31
+    rpb = torch.randn(4, 5, 5, device="cuda")
+
+    def last(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        query, key, value = (t.detach().requires_grad_() for t in tokens.unbind(3))
+        out = na2d(query, key, value, 3, 2, rpb, backend="triton")
+        gradients = torch.autograd.grad(out, (query, key, value), torch.ones_like(out[:1]).expand_as(out))
+        return tuple(t[-1].clone() for t in (out, *gradients))
+
+    for found, wanted in zip(last(qkv), last(qkv[-1:]), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_nothing_of_window_size_is_kept():
+    """A forward and backward pass adds less memory than three times the tokens' own."""
+    case = STAGES[0]
+    tensors = case.tensors(torch.bfloat16, device="cuda")
+    grad_out = tensors.pop("grad_out")
+    leaves = [t for t in tensors.values() if t is not None]
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = na2d(kernel_size=7, backend="triton", **tensors)
+    gradients = torch.autograd.grad(out, leaves, grad_out)
+    grown = torch.cuda.max_memory_allocated() - before
+    assert len(gradients) == 4
+    assert grown < 3 * sum(tensors[name].nbytes for name in ("query", "key", "value"))
+
+
+def test_cuda_graph():
+    case = named("one tile")
+    tensors = {n: None if t is None else t.detach() for n, t in case.tensors(torch.bfloat16, device="cuda").items()}
+    tensors.pop("grad_out")
+
+    def attend() -> torch.Tensor:
+        return na2d(kernel_size=case.kernel_size, backend="triton", **tensors)
+
+    attend()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attend()
+    tensors["query"].normal_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, attend())
+
+
+def test_compiles_into_one_graph():
+    case = Case("compiled", (20, 30), dim=32)
+    tensors = case.tensors(torch.bfloat16, device="cuda")
+    grad_out = tensors.pop("grad_out")
+    leaves = [tensors[name] for name in ("query", "key", "value", "rpb")]
+
+    def step(query, key, value, rpb):
+        return na2d(query * 2, key, value, 7, 1, rpb)
+
+    expected, found = step(*leaves), torch.compile(step, fullgraph=True)(*leaves)
+    torch.testing.assert_close(found, expected)
+    pairs = zip(*(torch.autograd.grad(out, leaves, grad_out) for out in (found, expected)), strict=True)
+    for gradient, wanted in pairs:
+        torch.testing.assert_close(gradient, wanted)
+
+
+def test_autocast():
+    case = named("one tile")
+    tensors = {n: None if t is None else t.detach() for n, t in case.tensors(torch.float32, device="cuda").items()}
+    tensors.pop("grad_out")
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        out = na2d(kernel_size=case.kernel_size, **tensors)
+    assert out.dtype == torch.bfloat16
+    exact = na2d(kernel_size=case.kernel_size, backend="reference", **tensors)
+    assert_close({"out": out}, {"out": exact.double()}, 2**-6)

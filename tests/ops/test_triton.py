@@ -1,0 +1,209 @@
+"""The Triton kernels against the reference in float64: on a GPU where there is one, else in Triton's interpreter.
+
+The interpreter has to be chosen before anything imports triton: `TRITON_INTERPRET=1 python -m pytest`, as `make test`
+does. It takes about a tenth of a second for a program, so only small cases run without a GPU.
+"""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from nat_dense.ops import backend_report, na2d, triton_na2d
+from nat_dense.ops.problem import Problem
+from nat_dense.ops.triton_na2d import Tile, choose_tile
+from tests.ops.cases import CASES, Case
+from tests.ops.test_cpu import assert_close, expected
+
+HAS_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
+DEVICE = "cuda" if HAS_GPU else "cpu"
+REASON = triton_na2d.why_not(Problem((9, 9), (3, 3), (1, 1), 16, torch.float32, DEVICE, True), "")
+needs_kernels = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-5, torch.float16: 2**-9}
+"""Weights and gradients of logits are rounded to the tokens' dtype; the interpreter rounds bfloat16 toward zero."""
+
+SMALL = (
+    Case("one tile", (6, 7), (5, 3), dim=16, heads=1),
+    Case("tiles in both axes, odd head_dim", (9, 11), (5, 5), dim=19, heads=1),
+    Case("ragged groups", (7, 8), (3, 3), (2, 2), dim=8, heads=1),
+    Case("kernel pair, views of a fused qkv", (9, 8), (3, 7), heads=2, dim=8, strided=True),
+    Case("no bias, batch", (5, 6), (3, 5), batch=2, heads=1, dim=24, rpb=False),
+    Case("largest window", (14, 14), (13, 13), dim=8, heads=1),
+    Case("padded", (4, 9), (7, 7), dim=16, heads=1, padded=True, batch=2),
+    Case("padded, dilated", (3, 5), (3, 5), (2, 2), dim=16, heads=1, padded=True),
+    Case("one token", (1, 1), padded=True, heads=1, rpb=False),
+)
+
+
+def run(case: Case, dtype: torch.dtype, backend: str = "triton") -> dict[str, torch.Tensor]:
+    """Output and gradients, on the CPU."""
+    tensors = case.tensors(dtype, device=DEVICE)
+    grad_out = tensors.pop("grad_out")
+    leaves = {name: t for name, t in tensors.items() if t is not None}
+    out = na2d(kernel_size=case.kernel_size, dilation=case.dilation, backend=backend, **tensors)
+    gradients = torch.autograd.grad(out, leaves.values(), grad_out)
+    return {"out": out.detach().cpu()} | {n: g.cpu() for n, g in zip(leaves, gradients, strict=True)}
+
+
+def named(name: str) -> Case:
+    return next(case for case in SMALL if case.name == name)
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_equals_reference_in_float32(case):
+    assert_close(run(case, torch.float32), expected(case, torch.float32), TOLERANCE[torch.float32])
+
+
+@needs_kernels
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_equals_reference_on_every_shared_case(case):
+    assert_close(run(case, torch.float32), expected(case, torch.float32), TOLERANCE[torch.float32])
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["one tile", "no bias, batch"])
+def test_equals_reference_in_low_precision(name, dtype):
+    found = run(named(name), dtype)
+    assert {t.dtype for t in found.values()} == {dtype}
+    assert_close(found, expected(named(name), dtype), TOLERANCE[dtype])
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_padded_maps_in_low_precision(dtype):
+    """Gradients of logits cancel where most keys are the padded one: those are tested in float32."""
+    case = named("padded")
+    found, wanted = run(case, dtype), expected(case, dtype)
+    exact = ("out", "value", "pad_value")
+    assert_close({name: found[name] for name in exact}, {name: wanted[name] for name in exact}, TOLERANCE[dtype])
+
+
+@needs_kernels
+@pytest.mark.parametrize("variant", triton_na2d.VARIANTS)
+def test_every_tile(variant):
+    case = Case("tiles", (5, 6), (3, 5), dim=16, heads=1)
+    assert_close(run(case, torch.float32, f"triton:{variant}"), expected(case, torch.float32), 1e-5)
+
+
+@needs_kernels
+def test_same_bits_in_every_run():
+    case = named("padded")
+    first, second = run(case, torch.float32), run(case, torch.float32)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@needs_kernels
+def test_every_element_of_every_output_is_written():
+    """Fresh memory is filled with NaN."""
+    case = named("ragged groups")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        found = run(case, torch.float32)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_close(found, expected(case, torch.float32), TOLERANCE[torch.float32])
+
+
+@needs_kernels
+def test_log_sum_exp():
+    case = named("padded, dilated")
+    tensors = {n: None if t is None else t.detach() for n, t in case.tensors(torch.float32, device=DEVICE).items()}
+    tensors.pop("grad_out")
+    settings = (list(case.kernel_size), list(case.dilation), 0.3)
+    found, wanted = (
+        torch.ops.nat_dense.na2d(*tensors.values(), *settings, backend)[1] for backend in ("triton", "reference")
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+def test_logits_of_any_size():
+    """Softmax neither overflows nor underflows, and a bias of -inf hides its keys."""
+    case = Case("large", (6, 7), (5, 5), dim=16, heads=1)
+    tensors = {n: None if t is None else t.detach() for n, t in case.tensors(torch.float32, device=DEVICE).items()}
+    tensors.pop("grad_out")
+    tensors["query"] *= 100
+    tensors["rpb"][:, :, 6:] = -torch.inf
+    found = na2d(kernel_size=5, backend="triton", **tensors)
+    exact = na2d(kernel_size=5, backend="reference", **{n: t if t is None else t.double() for n, t in tensors.items()})
+    assert_close({"out": found}, {"out": exact}, 1e-4)
+
+
+@needs_kernels
+def test_float32_bias_with_bfloat16_tokens():
+    case = named("one tile")
+    tensors = {n: None if t is None else t.detach() for n, t in case.tensors(torch.bfloat16, device=DEVICE).items()}
+    grad_out = tensors.pop("grad_out")
+    rpb = torch.randn(1, 9, 5, generator=torch.Generator().manual_seed(1)).to(DEVICE).requires_grad_()
+    out = na2d(kernel_size=case.kernel_size, backend="triton", **(tensors | {"rpb": rpb}))
+    out.backward(grad_out)
+    wide = {n: t if t is None else t.double() for n, t in tensors.items()}
+    exact_rpb = rpb.detach().double().requires_grad_()
+    exact = na2d(kernel_size=case.kernel_size, backend="reference", **(wide | {"rpb": exact_rpb}))
+    exact.backward(grad_out.double())
+    assert rpb.grad.dtype == torch.float32
+    found, wanted = {"out": out.detach(), "rpb": rpb.grad}, {"out": exact.detach(), "rpb": exact_rpb.grad}
+    assert_close(found, wanted, TOLERANCE[torch.bfloat16])
+
+
+# --- without kernels --------------------------------------------------------------------------------------------------
+
+
+def test_tiles_follow_the_group():
+    """Big groups take 64 tokens a program, groups of a few tokens no more than they have."""
+    assert choose_tile((200, 304), (7, 7), 2).owned == (8, 8)
+    assert choose_tile((2, 2), (7, 7), 2).owned == (4, 4)
+    assert choose_tile((64, 64), (13, 13), 2).owned == (16, 4)  # 16 columns of keys are one block
+
+
+def test_cost_counts_the_blocks_of_every_tile():
+    """8 x 8 queries in the interior see 14 x 14 keys; in the corners 11 x 11."""
+    tile = Tile((8, 8), (4, 16), warps=4)
+    rows, columns = 3 + 4 + 3, 1 + 1 + 1  # blocks over three tiles on an axis of 24
+    pairs_of_a_block = 4 * 16 * (64 + triton_na2d.LOAD_COST)
+    assert tile.cost((24, 24), (7, 7)) == rows * columns * pairs_of_a_block
+
+
+@pytest.mark.parametrize("variant", triton_na2d.VARIANTS)
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_tiles_fill_the_matrix_units(variant, itemsize):
+    """Products need 16 on each side: pairs of rows, and pairs of columns, when the bias's gradient is summed."""
+    tile = Tile.of(triton_na2d.TILES[variant], itemsize)
+    assert tile.owned[0] * tile.block[0] >= 16
+    assert tile.owned[1] * tile.block[1] >= 16
+    assert tile.warps == tile.owned[0] * tile.owned[1] // 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": torch.float64}, "dtype torch.float64 is none of"),
+        ({"head_dim": 256}, "head_dim 256 is larger than 128"),
+        ({"kernel_size": (3, 15)}, "larger than 13"),
+    ],
+)
+def test_says_why_not(changes, reason):
+    values = {"size": (19, 19), "kernel_size": (3, 3), "dilation": (1, 1), "head_dim": 16, "dtype": torch.float32}
+    problem = Problem(**(values | changes), device="cuda", has_rpb=True)
+    assert reason in triton_na2d.why_not(problem, "")
+    assert reason in backend_report(problem)["triton"]
+
+
+def test_missing_triton_is_explained(monkeypatch):
+    problem = Problem((9, 9), (3, 3), (1, 1), 16, torch.float32, "cuda", True)
+    monkeypatch.setattr(triton_na2d.importlib.util, "find_spec", lambda name: None)
+    assert triton_na2d.why_not(problem, "") == "triton is not installed: `pip install triton`"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_tensors_on_the_cpu_are_refused_without_the_interpreter(monkeypatch):
+    problem = Problem((9, 9), (3, 3), (1, 1), 16, torch.float32, "cpu", True)
+    monkeypatch.setattr(triton_na2d, "interpreted", lambda: False)
+    reason = triton_na2d.why_not(problem, "")
+    assert reason == "the tensors are on cpu, not on a GPU (TRITON_INTERPRET=1 runs the kernels there, slowly)"
