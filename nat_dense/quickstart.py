@@ -183,6 +183,10 @@ def _is_finished(training: Training, console: Console) -> bool:
     return False
 
 
+Message = tuple[str, str, int, int, str]
+"""Title of the training, what it is doing, steps done of it, steps in all, a note."""
+
+
 def _train_in_processes(trainings: Sequence[Training]) -> None:
     cores = os.cpu_count() or 1
     workers = min(len(trainings), cores)
@@ -191,12 +195,13 @@ def _train_in_processes(trainings: Sequence[Training]) -> None:
         messages = manager.Queue()
         with ProcessPoolExecutor(workers, context, _start_worker, (cores // workers,)) as pool:
             running = {pool.submit(_train_one, training, messages): training.title for training in trainings}
-            board, lines, pending = Board(), {}, set(running)
+            board, pending = Board(), set(running)
+            lines: dict[str, ProgressLine] = {}
             try:
                 while pending:
                     finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
                     while not messages.empty():
-                        _show(*messages.get(), board, lines)
+                        _show(messages.get(), board, lines)
                     for future in finished:
                         future.result()
                         if running[future] in lines:
@@ -208,10 +213,9 @@ def _train_in_processes(trainings: Sequence[Training]) -> None:
                 raise
 
 
-def _show(
-    title: str, doing: str, done: int, total: int, note: str, board: Board, lines: dict[str, ProgressLine]
-) -> None:
+def _show(message: Message, board: Board, lines: dict[str, ProgressLine]) -> None:
     """Brings the line of a training up to date."""
+    title, doing, done, total, note = message
     what = f"{title}: {doing}"
     if title not in lines or lines[title].what != what:
         if title in lines:
@@ -224,7 +228,7 @@ def _start_worker(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _train_one(training: Training, messages: Queue) -> None:
+def _train_one(training: Training, messages: Queue[Message]) -> None:
     """Trains, evaluates, draws; leaves `RESULT` when all is done. Runs in a process of its own."""
     folder = training.folder
     watch = _Watch(training.title, messages)
@@ -254,7 +258,7 @@ def _train_one(training: Training, messages: Queue) -> None:
 class _Watch(Hook):
     """Tells the parent process how far training and evaluating are, and keeps the last evaluation's numbers."""
 
-    def __init__(self, title: str, messages: Queue) -> None:
+    def __init__(self, title: str, messages: Queue[Message]) -> None:
         self.title, self.messages = title, messages
         self.metrics: dict[str, float] = {}
 

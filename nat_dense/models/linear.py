@@ -67,7 +67,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
     """Plain float32 tensors on a CPU, outside autocast, tracing and function transforms, which know F.linear."""
-    return (
+    return bool(
         _HAS_ONEDNN
         and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)
