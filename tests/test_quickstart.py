@@ -58,6 +58,22 @@ def test_the_numbers_are_the_evaluators(root):
     assert [entry["mIoU"] for entry in logged if "mIoU" in entry][-1] == segmentation["mIoU"]
 
 
+@pytest.mark.parametrize("task", TASKS, ids=[task.name for task in TASKS])
+def test_the_libraries_own_inference_takes_what_it_leaves(root, task):
+    folder = root / "work" / task.name
+    files = str(folder / task.config), str(folder / f"iter_{ITERATIONS}.pth")
+    image = str(next((root / "data" / "images" / "validation").glob("*.jpg")))
+    if task.name == "detection":
+        from mmdet.apis import inference_detector, init_detector
+
+        found = inference_detector(init_detector(*files, device="cpu"), image).pred_instances
+        assert found.masks.shape[1:] == (64, 64)
+    else:
+        from mmseg.apis import inference_model, init_model
+
+        assert inference_model(init_model(*files, device="cpu"), image).pred_sem_seg.data.shape == (1, 64, 64)
+
+
 def test_the_report_stands_alone_and_shows_all(root):
     text = (root / "work" / "report.html").read_text()
     assert not re.search(r"(src|href)=\"(?!data:)", text), "something is fetched"
