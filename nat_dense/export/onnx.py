@@ -97,7 +97,7 @@ def export_onnx(
     for node in converted.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with paths of this machine
     converted.model.metadata_props.update(metadata or {})
-    shapes = [(1, channels, height, width)]
+    shapes: list[tuple[int, ...]] = [(1, channels, height, width)]
     if dynamic:
         shapes.append((2, channels, height * 2 // 3 + 1, width // 2 + 3))
     with atomic(path) as part:

@@ -12,12 +12,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from onnxscript import opset18 as op
+from onnxscript import opset18
 
 from nat_dense.ops import functional  # noqa: F401  (defines the operator)
 from nat_dense.ops.problem import completed_size
 
 OPSET = 18
+
+op: Any = opset18  # typed for graphs of tensors alone, it also takes Python's numbers and lists
 
 
 def na2d(
@@ -75,8 +77,8 @@ def _is_complete(query, kernel_size: Sequence[int], dilation: Sequence[int]) -> 
     height, width = query.shape[1], query.shape[2]
     if not isinstance(height, int) or not isinstance(width, int):
         return False
-    rows, columns = completed_size((height, width), tuple(kernel_size), tuple(dilation))
-    return (rows, columns) == (height, width)
+    size, (rows, columns), (row_step, column_step) = (height, width), kernel_size, dilation
+    return completed_size(size, (rows, columns), (row_step, column_step)) == size
 
 
 def _with_border(tokens, pad):

@@ -43,10 +43,10 @@ class Graph:
 class Maps(nn.Module):
     """The feature maps of a detector or a segmentor, after its neck where `with_neck`."""
 
-    def __init__(self, model: nn.Module, with_neck: bool):
+    def __init__(self, model: Any, with_neck: bool):
         super().__init__()
-        self.backbone = model.backbone
-        self.neck = model.neck if with_neck else None
+        self.backbone: Any = model.backbone
+        self.neck: Any = model.neck if with_neck else None
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """[B, C, H, W] -> one map a level."""
@@ -57,9 +57,9 @@ class Maps(nn.Module):
 class Logits(nn.Module):
     """A segmentor that takes its images whole."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
     def forward(self, image: Tensor) -> Tensor:
         """[B, C, H, W] -> logits [B, classes, H, W]."""
