@@ -53,7 +53,7 @@ $(VENV)/.torch:
 
 # onedl-mmcv compiles here the first time, for about ten minutes on two cores; pip keeps its wheel.
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	MAX_JOBS=$(JOBS) $(BIN)/python -m pip install --no-build-isolation --editable ".[mm,dev,hf]"
+	MAX_JOBS=$(JOBS) $(BIN)/python -m pip install --no-build-isolation --editable ".[mm,dev,hf,onnx]"
 	@touch $@
 
 clean:
