@@ -1,6 +1,5 @@
 # Mask R-CNN for small pictures on a CPU: a fifth of the channels, one anchor a place for things of 16 to 128 px,
-# a hundred proposals where COCO's model takes a thousand, group norm because four
-# pictures are too few for statistics and nothing is pretrained.
+# a hundred proposals where COCO's model takes a thousand, group norm because four pictures are too few for statistics.
 _base_ = [
     '../_base_/models/mask-rcnn_nat-tiny_fpn.py',
     '../_base_/detection_runtime.py',
@@ -35,5 +34,5 @@ model = dict(
 
 default_hooks = dict(
     logger=dict(interval=20, log_metric_by_epoch=False),
-    checkpoint=dict(interval=250, by_epoch=False, max_keep_ckpts=1))
+    checkpoint=dict(interval=500, by_epoch=False, max_keep_ckpts=1))
 log_processor = dict(window_size=20, by_epoch=False)
