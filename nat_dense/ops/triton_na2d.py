@@ -19,7 +19,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_GPU = (8, 0)
 """Compute capability from which Triton supports NVIDIA's GPUs."""
 
-TILES: dict[str, Pair] = {"8x8": (8, 8), "16x4": (16, 4), "4x8": (4, 8), "4x4": (4, 4), "16x8": (16, 8)}
+WIDE_FLOAT32 = 64, 160 << 10
+"""Largest head_dim in float32 that every such GPU can hold, and the bytes of shared memory that a larger one takes."""
+
+TILES: dict[str, Pair] = {"8x8": (8, 8), "16x4": (16, 4), "4x8": (4, 8), "4x4": (4, 4)}
 """Tokens that one program may own (rows, columns), by the name of the variant."""
 
 VARIANTS = tuple(TILES)
@@ -60,9 +63,22 @@ def why_not(problem: Problem, variant: str) -> str | None:
         return None
     if problem.device != "cuda":
         return f"the tensors are on {problem.device}, not on a GPU (TRITON_INTERPRET=1 runs the kernels there, slowly)"
-    if torch.version.hip is None and torch.cuda.get_device_capability() < OLDEST_GPU:
-        found, needed = (".".join(map(str, pair)) for pair in (torch.cuda.get_device_capability(), OLDEST_GPU))
+    return _why_not_gpu(problem)
+
+
+def _why_not_gpu(problem: Problem) -> str | None:
+    if torch.version.hip is not None:
+        return "the kernels have not been tried on AMD's GPUs"
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST_GPU:
+        found, needed = (".".join(map(str, pair)) for pair in (capability, OLDEST_GPU))
         return f"the GPU has compute capability {found}; Triton needs {needed}"
+    head_dim, needed_bytes = WIDE_FLOAT32
+    shared = torch.cuda.get_device_properties().shared_memory_per_block_optin  # type: ignore[attr-defined]
+    if problem.dtype is torch.float32 and problem.head_dim > head_dim and shared < needed_bytes:
+        return (
+            f"head_dim {problem.head_dim} in float32 takes {needed_bytes} bytes of shared memory, the GPU has {shared}"
+        )
     return None
 
 
@@ -166,8 +182,6 @@ def _precision(query: Tensor) -> str:
     """
     if query.dtype is torch.bfloat16 and interpreted():
         return "widened"
-    if torch.version.hip is not None:
-        return "ieee"
     matmul = torch.backends.cuda.matmul
     if hasattr(matmul, "fp32_precision"):  # torch >= 2.9; reading the older setting may raise there
         return "tf32" if matmul.fp32_precision == "tf32" else "tf32x3"

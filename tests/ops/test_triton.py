@@ -195,6 +195,25 @@ def test_says_why_not(changes, reason):
     assert reason in backend_report(problem)["triton"]
 
 
+@pytest.mark.parametrize(
+    ("capability", "shared", "reason"),
+    [
+        ((7, 5), 64 << 10, "the GPU has compute capability 7.5; Triton needs 8.0"),
+        ((8, 9), 99 << 10, "float32 heads of 128 take 163840 bytes of shared memory, the GPU has 101376"),
+        ((9, 0), 227 << 10, None),
+    ],
+)
+def test_small_gpus_are_refused(monkeypatch, capability, shared, reason):
+    """What a GPU says of itself is made up; the rest is real."""
+    monkeypatch.setattr(triton_na2d.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(triton_na2d, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    card = type("Card", (), {"shared_memory_per_block_optin": shared})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: card)
+    problem = Problem((9, 9), (3, 3), (1, 1), 128, torch.float32, "cuda", True)
+    assert triton_na2d.why_not(problem, "") == reason
+
+
 def test_missing_triton_is_explained(monkeypatch):
     problem = Problem((9, 9), (3, 3), (1, 1), 16, torch.float32, "cuda", True)
     monkeypatch.setattr(triton_na2d.importlib.util, "find_spec", lambda name: None)
