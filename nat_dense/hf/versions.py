@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any
 
 import transformers
-from packaging.version import Version
 from transformers import AutoImageProcessor, PretrainedConfig
 from transformers.utils import is_torchvision_available
 
@@ -63,5 +61,9 @@ def hide_new_natten() -> None:
 
     Its module imports two functions that NATTEN dropped in 0.17.5, wherever any NATTEN is installed.
     """
-    if transformers.utils.is_natten_available() and Version(version("natten")) >= Version("0.17.5"):
+    if not transformers.utils.is_natten_available():
+        return
+    try:
+        from natten.functional import natten2dav, natten2dqkrpb  # noqa: F401
+    except ImportError:
         transformers.utils.is_natten_available = lambda: False

@@ -19,6 +19,7 @@ natten_standin.install()
 from transformers.models.deprecated.nat import configuration_nat, modeling_nat  # noqa: E402
 
 from nat_dense import hf  # noqa: E402
+from nat_dense.models.variants import NAT_VARIANTS  # noqa: E402
 
 SMALL = dict(embed_dim=16, depths=[2, 1, 2], num_heads=[1, 2, 4], kernel_size=5, num_labels=4)
 FIELDS = [
@@ -57,6 +58,18 @@ def assert_same(found, expected, where: str = "") -> None:
     else:
         assert found.dtype == expected.dtype, where
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-10, msg=lambda m: f"{where}: {m}")
+
+
+@pytest.mark.parametrize("arch", ["mini", "tiny", "small", "base"])
+def test_published_architectures(arch):
+    """At full width and depth; that the dense backbone equals ours is shown in tests/checkpoints."""
+    row = NAT_VARIANTS[arch]
+    fields = {name: row.fields()[name] for name in ("embed_dim", "depths", "num_heads", "mlp_ratio", "kernel_size")}
+    fields |= dict(layer_scale_init_value=row.layer_scale or 0.0, out_features=["stage1", "stage2", "stage3", "stage4"])
+    theirs, ours = pair("NatBackbone", fields)
+    image = golden.tensor("image", (1, 3, 65, 97), dtype=torch.float64)
+    with torch.no_grad():
+        assert_same(ours(image), theirs(image), arch)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
