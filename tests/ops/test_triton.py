@@ -199,7 +199,7 @@ def test_says_why_not(changes, reason):
     ("capability", "shared", "reason"),
     [
         ((7, 5), 64 << 10, "the GPU has compute capability 7.5; Triton needs 8.0"),
-        ((8, 9), 99 << 10, "float32 heads of 128 take 163840 bytes of shared memory, the GPU has 101376"),
+        ((8, 9), 99 << 10, "head_dim 128 in float32 takes 163840 bytes of shared memory, the GPU has 101376"),
         ((9, 0), 227 << 10, None),
     ],
 )
