@@ -11,18 +11,26 @@ JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 # Two processes of one thread: the tests are many and small, and each process imports the mm packages once.
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+# The GPU kernels on a CPU. Triton reads the variable when torch first imports it, so these tests have processes of their own.
+INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) tests/ops/test_triton.py
 SOURCES := setup.py setup.cfg pyproject.toml $(wildcard nat_dense/ops/csrc/*)
 
-.PHONY: quickstart test test-slow test-hf4 lint format clean setup
+.PHONY: quickstart test test-slow test-hf4 test-gpu lint format clean setup
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python tools/quickstart.py
 
 test: $(VENV)/.installed
 	$(PYTEST) -m "not slow"
+	$(INTERPRETED) -m "not slow"
 
 test-slow: $(VENV)/.installed
 	$(PYTEST) -m slow
+	$(INTERPRETED) -m slow
+
+# On a machine with a GPU, in any environment that has torch, triton and pytest.
+test-gpu:
+	$(PYTHON) -m pytest tests/ops/test_triton.py tests/ops/test_gpu.py
 
 # transformers 4.57.6 is the last release with a NAT of its own. The native kernels are those of .venv: one torch.
 test-hf4: $(VENV)/.installed $(HF4)/.installed
