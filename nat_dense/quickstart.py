@@ -118,7 +118,8 @@ def task_config(name: str, data: Path, seed: int = 0, budget: float = 1.0) -> Co
         raise ValueError(f"budget={budget} leaves {iterations} of {cfg.train_cfg.max_iters} iterations: expected >= 10")
     cfg.train_cfg.max_iters = iterations
     for scheduler in cfg.param_scheduler:
-        scheduler.update(begin=round(scheduler.begin * budget), end=round(scheduler.end * budget))
+        for key in ("begin", "end"):
+            scheduler[key] = max(1, round(scheduler[key] * budget)) if scheduler[key] else 0
     for node, key in ((cfg.train_cfg, "val_interval"), (cfg.default_hooks.checkpoint, "interval")):
         node[key] = math.ceil(node[key] * budget)  # up: a shorter last interval, not one of a few iterations more
     return cfg
