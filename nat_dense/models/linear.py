@@ -1,9 +1,9 @@
 """Linear layers through the faster of the two matrix libraries that torch has on a CPU.
 
 `torch.nn.functional.linear` multiplies float32 by MKL, which is held back on processors of other makers. oneDNN, which
-torch uses for convolutions and which is on board anyway, was as fast or faster at every shape that was measured
-(`benchmarks/README.md`). The choice is by rule and not by a trial at run time: two starts of one model must give
-the same bits.
+torch uses for convolutions and which is on board anyway, was faster at nearly every shape that was measured, except for
+the weight's gradient (`benchmarks/README.md`). The choice is by rule and not by a trial at run time: two starts of one
+model must give the same bits.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
+
+from nat_dense.ops.functional import is_transformed
 
 
 class Linear(nn.Linear):
@@ -66,7 +68,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Plain float32 tensors on a CPU, outside autocast, tracing and function transforms, which know F.linear."""
+    """Plain float32 tensors on a CPU, outside autocast, tracing and transforms, which know F.linear."""
     return bool(
         _HAS_ONEDNN
         and type(x) is Tensor
@@ -77,7 +79,7 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
         and not is_traced()
-        and not torch._C._are_functorch_transforms_active()
+        and not is_transformed()
         and torch.backends.mkldnn.enabled
     )
 

@@ -65,7 +65,7 @@ def na2d(
     backends.check_name(backend)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     tensors = (query, key, value, rpb, pad_key, pad_value)
-    if _is_transformed():
+    if is_transformed():
         if backend not in ("auto", "reference"):
             raise RuntimeError(
                 f"backend={backend!r} can't run under torch.func transforms or forward-mode gradients, only the "
@@ -78,10 +78,11 @@ def na2d(
     return out
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether a transform of `torch.func` or a forward-mode gradient is under way.
 
-    Neither reaches through the operator's own gradient rule: a tangent would be lost without a word.
+    Neither reaches through operators that have a gradient rule of their own, or none: a tangent would be lost without
+    a word.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 

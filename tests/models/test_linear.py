@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -68,7 +69,9 @@ def test_views_and_transposes_need_no_copy_by_the_caller():
     )
 
 
-@pytest.mark.parametrize("mode", ["autocast", "float64", "vmap", "grad transform", "disabled", "empty", "vector"])
+@pytest.mark.parametrize(
+    "mode", ["autocast", "float64", "vmap", "grad transform", "forward mode", "disabled", "empty", "vector"]
+)
 def test_falls_back_to_torch(mode, monkeypatch):
     calls = taken(monkeypatch)
     x, weight, bias = (t.detach() for t in operands(6, 16))
@@ -85,6 +88,11 @@ def test_falls_back_to_torch(mode, monkeypatch):
     elif mode == "grad transform":
         grad = torch.func.grad(lambda w: linear(x, w, bias).sum())(weight)
         torch.testing.assert_close(grad, x.sum(0).expand(24, 16))
+    elif mode == "forward mode":
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, torch.ones_like(x))
+            tangent = forward_ad.unpack_dual(linear(dual, weight, bias)).tangent
+        torch.testing.assert_close(tangent, weight.sum(1).expand(6, 24))
     elif mode == "disabled":
         with torch.backends.mkldnn.flags(enabled=False):
             torch.testing.assert_close(linear(x, weight, bias), expected)
