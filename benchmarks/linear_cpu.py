@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
 
-from nat_dense.models.linear import _product
+from nat_dense.models.linear import linear
 
 SHAPES = tuple(
     (tokens, inputs, outputs)
@@ -43,12 +43,12 @@ def rates(tokens: int, inputs: int, outputs: int, rounds: int) -> dict[str, floa
     times = interleaved(
         {
             "F.linear": lambda: F.linear(x, weight, bias),
-            "oneDNN": lambda: _product(x, weight, bias),
+            "oneDNN": lambda: linear(x, weight, bias),
             "1x1 convolution": lambda: F.conv2d(image, filters, bias),
             "dx, mm": lambda: grad @ weight,
-            "dx, oneDNN": lambda: _product(grad, weight.t(), None),
+            "dx, oneDNN": lambda: linear(grad, weight.t(), None),
             "dw, mm": lambda: grad.t() @ x,
-            "dw, oneDNN": lambda: _product(grad.t(), x.t(), None),
+            "dw, oneDNN": lambda: linear(grad.t(), x.t(), None),
         },
         rounds,
     )

@@ -157,14 +157,14 @@ def train(trainings: Sequence[Training], console: Console) -> list[dict[str, Any
         For each training `metrics` (name -> number, of the last evaluation), `iterations`, `seconds` of training and
         evaluating (in the last start, where it was interrupted), `parameters` and `backbone_parameters`.
     """
-    unfinished = [training for training in trainings if not _is_finished(training, console)]
+    unfinished = [training for training in trainings if _open_folder(training, console)]
     if unfinished:
         _train_in_processes(unfinished)
     return [json.loads((training.folder / RESULT).read_text()) for training in trainings]
 
 
-def _is_finished(training: Training, console: Console) -> bool:
-    """Looks at the folder, makes room in it, and says what is reused."""
+def _open_folder(training: Training, console: Console) -> bool:
+    """Makes the folder ready and says what is reused; whether anything is left to train."""
     cfg, folder = training.cfg, training.folder
     settings = _fingerprint(cfg)
     if folder.exists() and _read(folder / SETTINGS) != settings:
@@ -173,7 +173,7 @@ def _is_finished(training: Training, console: Console) -> bool:
         console.print(f"{folder} held a run with other settings: kept as {kept}")
     if (folder / RESULT).is_file():
         console.print(f"{folder} holds this very run, finished: used as it is")
-        return True
+        return False
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / SETTINGS, settings)
     cfg.work_dir = str(folder)
@@ -181,7 +181,7 @@ def _is_finished(training: Training, console: Console) -> bool:
     if cfg.resume:
         console.print(f"{folder} holds a part of this run: going on from its last checkpoint")
     console.print(f"{training.title}: loading (full log: {folder / 'console.txt'})")
-    return False
+    return True
 
 
 Message = tuple[str, str, int, int, str]

@@ -16,7 +16,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nat_dense.hf.configuration import NatConfig, dilations_of
 from nat_dense.models.attention import attend
-from nat_dense.models.layers import ConvDownsampler, ConvTokenizer, DropPath, Linear, in_runs, scaled
+from nat_dense.models.layers import ConvDownsampler, ConvTokenizer, DropPath, in_runs, scaled
+from nat_dense.models.linear import Linear
 from nat_dense.ops import reference
 from nat_dense.ops.problem import completed_size
 
