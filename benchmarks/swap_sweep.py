@@ -24,6 +24,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+# Models with a language model fetch it when they are built; nothing is downloaded here. Read when first imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import torch
 from mmengine.config import Config
 from mmengine.logging import MessageHub
@@ -181,8 +184,6 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    # Models with a language model fetch it when they are built; nothing is downloaded here.
-    os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     file = Path(args.results)

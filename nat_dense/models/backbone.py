@@ -37,7 +37,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
-        return in_runs(self._add_branches, x, self.attn(self.norm1(x)))
+        return in_runs(self._add_branches, x, self.attn(self.norm1(x)), training=self.training)
 
     def _add_branches(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.drop_path(scaled(attended, self.gamma1))

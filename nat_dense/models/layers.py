@@ -20,7 +20,7 @@ MIN_RUN = 512
 """Tokens in the shortest run: fewer would cost the matrix products more than the cache gives."""
 
 
-def in_runs(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
+def in_runs(function: Callable[..., Tensor], *maps: Tensor, training: bool) -> Tensor:
     """`function(*maps)` for a function that works on each token alone.
 
     In CPU inference it is called on runs of tokens, [tokens, C], and the results are put together: the intermediate
@@ -29,10 +29,12 @@ def in_runs(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
     Args:
         function: Takes as many tensors [..., C_i] as there are maps, returns [..., C].
         maps: [B, H, W, C_i] each.
+        training: Whether the function's modules are in training mode: stochastic depth looks at whole samples.
     """
     first = maps[0]
     step = max(MIN_RUN, RUN_BYTES // (first.shape[-1] * first.element_size()))
-    if first.device.type != "cpu" or torch.is_grad_enabled() or is_traced() or first.shape[:-1].numel() <= step:
+    whole = training or first.device.type != "cpu" or torch.is_grad_enabled() or is_traced()
+    if whole or first.shape[:-1].numel() <= step:
         return function(*maps)
     runs = zip(*(m.flatten(0, -2).split(step) for m in maps), strict=True)
     start = function(*next(runs))

@@ -215,3 +215,17 @@ def test_published_models_of_the_original(name):
         assert list(output.shape) == expected[f"shape{i}"].tolist()
         difference = golden.strided(output).double().numpy() - expected[f"samp{i}"]
         assert abs(difference).max() / expected[f"std{i}"] < 1e-5, i
+
+
+def test_stochastic_depth_drops_whole_samples_without_gradients():
+    """As reentrant checkpointing runs it: maps large enough to be taken in runs of tokens."""
+    model = NAT(embed_dim=32, depths=[1], num_heads=[1], out_indices=(0,), drop_path_rate=0.0)
+    block = model.stages[0].blocks[0]
+    block.drop_path.rate = 0.5
+    tokens = torch.randn(2, 72, 72, 32)
+    outputs = []
+    for gradients in (True, False):
+        torch.manual_seed(0)
+        with torch.set_grad_enabled(gradients):
+            outputs.append(block(tokens))
+    torch.testing.assert_close(*outputs)
