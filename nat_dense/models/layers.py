@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from nat_dense.models.linear import Linear, is_traced
 
-RUN_BYTES = 512 << 10
+RUN_BYTES = 1 << 20
 """Tokens are taken in runs of about this many bytes, so that what a run makes of them stays in the CPU's cache."""
 
 MIN_RUN = 512
@@ -91,6 +91,15 @@ class Mlp(nn.Module):
         return self.drop(self.fc2(self.drop(hidden)))
 
 
+def channels_last(image: Tensor) -> Tensor:
+    """[B, C, H, W], laid out as [B, H, W, C].
+
+    A convolution keeps the layout of its input, and tokens have this one: the first map, which is the largest of all,
+    need not be laid out anew. On a CPU that takes the tokenizer to a third of the time.
+    """
+    return image.contiguous(memory_format=torch.channels_last)
+
+
 class ConvTokenizer(nn.Module):
     """Two strided 3x3 convolutions and a norm: [B, in_chans, H, W] -> [B, ceil(H/4), ceil(W/4), embed_dim].
 
@@ -106,7 +115,7 @@ class ConvTokenizer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return self.norm(self.proj(channels_last(x)).permute(0, 2, 3, 1))
 
 
 class PatchTokenizer(nn.Module):
@@ -122,7 +131,7 @@ class PatchTokenizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return self.norm(self.proj(channels_last(x)).permute(0, 2, 3, 1))
 
 
 class ConvDownsampler(nn.Module):

@@ -1,9 +1,9 @@
 """Linear layers through the faster of the two matrix libraries that torch has on a CPU.
 
 `torch.nn.functional.linear` multiplies float32 by MKL, which is held back on processors of other makers. oneDNN, which
-torch uses for convolutions and which is on board anyway, was faster at nearly every shape that was measured, except for
-the weight's gradient (`benchmarks/README.md`). The choice is by rule and not by a trial at run time: two starts of one
-model must give the same bits.
+torch uses for convolutions and which is on board anyway, was faster at nearly every shape that was measured
+(`benchmarks/README.md`). The choice is by rule and not by a trial at run time: two starts of one model must give the
+same bits.
 """
 
 from __future__ import annotations
@@ -54,17 +54,38 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        tokens = grad.flatten(0, -2)
-        return (
-            linear(grad, weight.t(), None) if needs_x else None,
-            # Many tokens are summed into a small matrix: there oneDNN is the slower one.
-            tokens.t() @ x.flatten(0, -2) if needs_weight else None,
-            tokens.sum(0) if needs_bias else None,
-        )
+        grad_x = linear(grad, weight.t(), None) if needs_x else None
+        if not needs_weight:
+            return grad_x, None, grad.flatten(0, -2).sum(0) if needs_bias else None
+        return grad_x, *_parameter_gradients(x, weight, grad, needs_bias)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _parameter_gradients(x: Tensor, weight: Tensor, grad: Tensor, needs_bias: bool) -> tuple[Tensor, Tensor | None]:
+    """Of the weight and the bias, as those of a convolution of one pixel.
+
+    oneDNN's own product would lay out both operands anew, for it sums over what varies slowest in memory; its
+    convolution need not. A kernel of one pixel has no dilation, but one that says so is what torch hands to oneDNN on
+    any number of threads.
+    """
+    x, grad = (t if t.dim() == 4 else t.flatten(0, -2)[None, None] for t in (x, grad))
+    found = torch.ops.aten.convolution_backward(
+        grad.permute(0, 3, 1, 2),
+        x.permute(0, 3, 1, 2),
+        weight[:, :, None, None],
+        [len(weight)],
+        stride=[1, 1],
+        padding=[0, 0],
+        dilation=[2, 2],
+        transposed=False,
+        output_padding=[0, 0],
+        groups=1,
+        output_mask=[False, True, needs_bias],
+    )
+    return found[1][:, :, 0, 0], found[2]
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
