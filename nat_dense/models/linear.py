@@ -65,12 +65,15 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _parameter_gradients(x: Tensor, weight: Tensor, grad: Tensor, needs_bias: bool) -> tuple[Tensor, Tensor | None]:
-    """Of the weight and the bias, as those of a convolution of one pixel.
+    """Of the weight and the bias.
 
-    oneDNN's own product would lay out both operands anew, for it sums over what varies slowest in memory; its
-    convolution need not. A kernel of one pixel has no dilation, but one that says so is what torch hands to oneDNN on
-    any number of threads.
+    For many tokens as those of a convolution of one pixel: oneDNN's own product would lay out both operands anew, for
+    it sums over what varies slowest in memory; its convolution lays out the result only. A kernel of one pixel has no
+    dilation, but one that says so is what torch hands to oneDNN on any number of threads.
     """
+    if x.shape[:-1].numel() <= min(weight.shape):
+        tokens = grad.flatten(0, -2)
+        return linear(tokens.t(), x.flatten(0, -2).t(), None), tokens.sum(0) if needs_bias else None
     x, grad = (t if t.dim() == 4 else t.flatten(0, -2)[None, None] for t in (x, grad))
     found = torch.ops.aten.convolution_backward(
         grad.permute(0, 3, 1, 2),
