@@ -15,7 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist workste
 INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) tests/ops/test_triton.py
 SOURCES := setup.py setup.cfg pyproject.toml $(wildcard nat_dense/ops/csrc/*)
 
-.PHONY: quickstart test test-slow test-hf4 test-gpu lint format clean setup
+.PHONY: quickstart test test-slow test-hf4 test-gpu test-gpu-memcheck lint format clean setup
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python tools/quickstart.py
@@ -31,6 +31,11 @@ test-slow: $(VENV)/.installed
 # On a machine with a GPU, in any environment that has torch, triton and pytest.
 test-gpu:
 	$(PYTHON) -m pytest tests/ops/test_triton.py tests/ops/test_gpu.py
+
+# Reads and writes outside of tensors; slow. Without torch's own pool of memory they would go unseen.
+test-gpu-memcheck:
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+	    $(PYTHON) -m pytest tests/ops/test_triton.py -k "float32 and not shared"
 
 # transformers 4.57.6 is the last release with a NAT of its own. The native kernels are those of .venv: one torch.
 test-hf4: $(VENV)/.installed $(HF4)/.installed

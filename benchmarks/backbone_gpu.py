@@ -4,7 +4,8 @@ python benchmarks/backbone_gpu.py                                  compiled, bfl
 python benchmarks/backbone_gpu.py --dtype float16 --eager
 
 Forward passes are in eval mode without gradients, steps are forward and backward in training mode, both under autocast.
-NAT needs mmengine, Swin and ConvNeXt need timm: a contestant that can't be built is named with the reason.
+All train with the same stochastic depth. NAT needs mmengine, Swin and ConvNeXt need timm: a contestant that can't be
+built is named with the reason. Where nat_dense is not installed, PYTHONPATH=. in front.
 """
 
 from __future__ import annotations
@@ -15,32 +16,37 @@ from collections.abc import Callable
 
 import torch
 from measure import save
-from measure_gpu import Run, gpu, peak_memory, require_gpu, show, timed
+from measure_gpu import Run, gpu, peak_memory, require_gpu, show, timed, told
 from torch import Tensor, nn
+
+DROP_PATH = 0.2
 
 
 def _nat() -> nn.Module:
     from nat_dense.models import NAT
 
-    return NAT(arch="tiny")
+    return NAT(arch="tiny", drop_path_rate=DROP_PATH)
 
 
 def _dinat() -> nn.Module:
     from nat_dense.models import DiNAT
 
-    return DiNAT(arch="tiny", dilations="detection")
+    return DiNAT(arch="tiny", dilations="detection", drop_path_rate=DROP_PATH)
 
 
 def _swin(size: tuple[int, int]) -> nn.Module:
     import timm
 
-    return timm.create_model("swin_tiny_patch4_window7_224", features_only=True, img_size=size)
+    return timm.create_model(
+        "swin_tiny_patch4_window7_224", features_only=True, img_size=size, drop_path_rate=DROP_PATH
+    )
 
 
 def _convnext() -> nn.Module:
     import timm
 
-    return timm.create_model("convnext_tiny", features_only=True).to(memory_format=torch.channels_last)
+    model = timm.create_model("convnext_tiny", features_only=True, drop_path_rate=DROP_PATH)
+    return model.to(memory_format=torch.channels_last)
 
 
 def contestants(size: tuple[int, int]) -> dict[str, Callable[[], nn.Module]]:
@@ -113,8 +119,8 @@ def main() -> None:
             continue
         try:
             rows.append(measure(name, build, images, getattr(torch, args.dtype), args))
-        except (ImportError, RuntimeError, ValueError) as error:
-            print(f"{name}: not measured, {str(error).strip().splitlines()[0]}")
+        except Exception as error:  # whatever a contestant's compiler raises, the others are measured
+            print(f"{name}: not measured, {told(error)}", flush=True)
         torch.compiler.reset()
         torch.cuda.empty_cache()
     first = rows[0] if rows else {}

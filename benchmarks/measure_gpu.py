@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -12,6 +14,9 @@ from measure import Timing
 Run = Callable[[], object]
 SLEEP = 20_000_000
 """Cycles for which the card is kept busy before a burst, so that launching it costs no time of its own."""
+
+TURN = 0.1
+"""Seconds from which on a burst gets shorter, down to one call: slow contestants don't use up the time of all."""
 
 
 def require_gpu() -> None:
@@ -39,22 +44,37 @@ def input_sets(bytes_of_one: int) -> int:
 
 def timed(contestants: Mapping[str, Sequence[Run]], rounds: int = 11, burst: int = 8) -> dict[str, Timing]:
     """Seconds a call, contestants interleaved; each is a list of the same call on different inputs, taken in turn."""
-    for runs in contestants.values():
-        for run in runs:
-            run()
+    bursts = {name: min(burst, _calls(runs)) for name, runs in contestants.items()}
+    turns = {name: itertools.cycle(runs) for name, runs in contestants.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(max(2, rounds)):
-        for name, runs in contestants.items():
+        for name, calls in bursts.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
             torch.cuda._sleep(SLEEP)
             start.record()
-            for i in range(burst):
-                runs[i % len(runs)]()
+            for run in itertools.islice(turns[name], calls):
+                run()
             end.record()
             torch.cuda.synchronize()
-            seconds[name].append(start.elapsed_time(end) / 1e3 / burst)
+            seconds[name].append(start.elapsed_time(end) / 1e3 / calls)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def _calls(runs: Sequence[Run]) -> int:
+    """How many calls take `TURN`, after a first call of each."""
+    for run in runs:
+        run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    runs[0]()
+    torch.cuda.synchronize()
+    return max(1, int(TURN / (time.perf_counter() - start)))
+
+
+def told(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def peak_memory(run: Run) -> int:
@@ -78,8 +98,9 @@ def card_rates(dtype: torch.dtype, side: int = 8192) -> tuple[float, float]:
 
 
 def show(title: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """Prints rows as a table of plain text."""
-    cells = [list(rows[0]), *([_cell(row.get(column, "")) for column in rows[0]] for row in rows)]
+    """Prints rows as a table of plain text, with the columns of all."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    cells = [columns, *([_cell(row.get(column, "")) for column in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     print(f"\n{title}")
     for line in cells:

@@ -3,8 +3,9 @@
 python benchmarks/op_gpu.py                      all sections
 python benchmarks/op_gpu.py --sections tiles     every tile of the Triton kernels at every stage
 
-Needs torch and triton alone. A contestant that doesn't run here, or would not end before --seconds, is named with the
-reason. Floor: the larger of the least bytes over the card's copy rate and the useful FLOPs over its matrix rate.
+Needs torch and triton alone; where nat_dense is not installed, PYTHONPATH=. in front. A contestant that doesn't run
+here, or would not end before --seconds, is named with the reason. Floor: the larger of the least bytes over the card's
+copy rate and the useful FLOPs over its matrix rate.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 from measure import save
-from measure_gpu import Run, card_rates, gpu, input_sets, peak_memory, require_gpu, show, timed
+from measure_gpu import Run, card_rates, gpu, input_sets, peak_memory, require_gpu, show, timed, told
 from swin_windows import SwinWindows
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from nat_dense.ops import flops, na2d, reference, triton_na2d
 KERNEL, HEAD_DIM = 7, 32
 STAGES = (((200, 304), 2), ((100, 152), 4), ((50, 76), 8), ((25, 38), 16))  # of NAT-Tiny at 800 x 1216
 DILATIONS = (28, 14, 7, 3)  # of DiNAT for detection
+OURS = "nat_dense triton"
 REFERENCE_TOKENS = 8 * 50 * 76
 """Larger maps take the reference too long."""
 
@@ -55,7 +57,7 @@ class Stage:
         moved, done = (12, 7 * self.forward_flops / 2) if backward else (4, self.forward_flops)
         return max(moved * self.token_bytes / bandwidth, done / rate)
 
-    def natten(self, backend: str, with_bias: bool = True) -> Attend:
+    def ours(self, backend: str, with_bias: bool = True) -> Attend:
         def attend(qkv: Tensor, rpb: Tensor) -> Tensor:
             return na2d(*qkv.unbind(3), KERNEL, self.dilation, rpb if with_bias else None, backend=backend)
 
@@ -69,6 +71,7 @@ class Stage:
         """Compiled flex_attention with the same mask and bias, tokens in the order of rows."""
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+        torch.compiler.reset()  # each stage is a recompilation, and after a few torch runs the rest uncompiled
         (height, width), dilation = self.size, self.dilation
 
         def start(place: Tensor, group: Tensor, length: int) -> Tensor:
@@ -103,11 +106,17 @@ class Stage:
         windows = SwinWindows(self.size, window=KERNEL, shift=KERNEL // 2, fused=fused, device="cuda")
         return lambda qkv, rpb: windows(qkv, rpb)
 
-    def nattens_own(self) -> Attend:
-        """NATTEN's own kernels; they have no bias."""
-        from natten.functional import na2d as attend
+    def natten(self, fused: bool) -> Attend:
+        """NATTEN, which has no bias: its fused kernels, or its path through compiled flex_attention."""
+        import natten
 
-        return lambda qkv, rpb: attend(*qkv.unbind(3), kernel_size=KERNEL, dilation=self.dilation)
+        settings: dict = {"kernel_size": KERNEL, "dilation": self.dilation}
+        if not fused:
+            natten.allow_flex_compile(True, True)  # forward and backward
+            settings |= {"backend": "flex-fna", "torch_compile": True}
+        elif not natten.HAS_LIBNATTEN:
+            raise RuntimeError("this NATTEN was built without its CUDA kernels")
+        return lambda qkv, rpb: natten.na2d(*qkv.unbind(3), **settings)
 
     def runs(self, attend: Attend, backward: bool) -> list[Run]:
         return [self._step(attend, qkv) if backward else self._forward(attend, qkv) for qkv in self.inputs]
@@ -131,12 +140,13 @@ class Stage:
 def contestants(stage: Stage) -> dict[str, Callable[[], Attend]]:
     """What attends to each stage, built only when its turn comes; the first is what others are divided by."""
     builders = {
-        "nat_dense triton": lambda: stage.natten("triton"),
-        "the same without bias": lambda: stage.natten("triton", with_bias=False),
+        OURS: lambda: stage.ours("triton"),
+        "the same without bias": lambda: stage.ours("triton", with_bias=False),
         "flex_attention, compiled": stage.flex,
         "Swin windows, SDPA": lambda: stage.swin(fused=True),
         "Swin windows, unfused": lambda: stage.swin(fused=False),
-        "NATTEN, no bias": stage.nattens_own,
+        "NATTEN fused, no bias": lambda: stage.natten(fused=True),
+        "NATTEN flex compiled, no bias": lambda: stage.natten(fused=False),
     }
     if stage.batch * stage.size[0] * stage.size[1] <= REFERENCE_TOKENS:
         builders["nat_dense reference"] = lambda: stage.plain
@@ -146,10 +156,10 @@ def contestants(stage: Stage) -> dict[str, Callable[[], Attend]]:
 
 
 def check(stage: Stage, attend: Attend) -> float:
-    """Largest difference between a contestant and the reference, on one map."""
-    qkv = stage.inputs[0][:1]
+    """Largest difference from the reference, on the first map: a whole batch is what the contestant is compiled for."""
+    qkv = stage.inputs[0]
     with torch.no_grad():
-        return (attend(qkv, stage.rpb).float() - stage.plain(qkv.float(), stage.rpb)).abs().max().item()
+        return (attend(qkv, stage.rpb)[:1].float() - stage.plain(qkv[:1].float(), stage.rpb)).abs().max().item()
 
 
 def compare(stage: Stage, rounds: int, rates: tuple[float, float], deadline: float) -> list[dict]:
@@ -162,23 +172,23 @@ def compare(stage: Stage, rounds: int, rates: tuple[float, float], deadline: flo
         try:
             attend = build()
             forwards[name], steps[name] = (stage.runs(attend, backward) for backward in (False, True))
-            rows[name] = {"attention": name, "peak MiB": peak_memory(steps[name][0]) / 2**20}
-            if name in ("nat_dense triton", "flex_attention, compiled"):
+            rows[name] = {"attention": name, "peak MiB": peak_memory(steps[name][0]) / 2**20, "error": ""}
+            forwards[name][0]()  # a contestant that can't is dropped here
+            if name in (OURS, "flex_attention, compiled"):
                 rows[name]["error"] = check(stage, attend)
-        except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
-            print(f"{stage.title}, {name}: not measured, {str(error).strip().splitlines()[0]}")
+        except Exception as error:  # whatever a contestant's compiler raises, the others are measured
+            print(f"{stage.title}, {name}: not measured, {told(error)}", flush=True)
             rows.pop(name, None), forwards.pop(name, None), steps.pop(name, None)
     for label, runs, backward in (("forward", forwards, False), ("forward+backward", steps, True)):
         times = timed(runs, rounds)
-        ours = times["nat_dense triton"].median
         for name, t in times.items():
             rows[name] |= {
                 f"{label} ms": t.median * 1e3,
                 f"{label} spread": t.spread,
-                f"{label} / ours": t.median / ours,
+                f"{label} / ours": t.median / times[OURS].median if OURS in times else "",
                 f"{label} / floor": t.median / stage.floor(rates, backward),
             }
-    return [{column: row.get(column, "") for column in [*rows["nat_dense triton"]]} for row in rows.values()]
+    return list(rows.values())
 
 
 def tiles(stage: Stage, rounds: int) -> list[dict]:
@@ -186,7 +196,7 @@ def tiles(stage: Stage, rounds: int) -> list[dict]:
     names = ["triton", *(f"triton:{variant}" for variant in triton_na2d.VARIANTS)]
     rows = {name: {"back end": name} for name in names}
     for label, backward in (("forward", False), ("forward+backward", True)):
-        times = timed({name: stage.runs(stage.natten(name), backward) for name in names}, rounds)
+        times = timed({name: stage.runs(stage.ours(name), backward) for name in names}, rounds)
         for name, t in times.items():
             rows[name] |= {f"{label} ms": t.median * 1e3, f"{label} spread": t.spread}
     return list(rows.values())
@@ -194,7 +204,7 @@ def tiles(stage: Stage, rounds: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ("stages", "dilated", "tiles")
+    names = ("stages", "tiles", "dilated")
     parser.add_argument("--sections", nargs="+", choices=names, default=list(names))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
@@ -215,10 +225,14 @@ def main() -> None:
                 print(f"{section}, {size[0]} x {size[1]}: left out, the time is up")
                 continue
             stage = Stage(size, heads, args.batch, dtype, largest if section == "dilated" else 1)
-            rows = tiles(stage, args.rounds) if section == "tiles" else compare(stage, args.rounds, rates, deadline)
+            try:
+                rows = tiles(stage, args.rounds) if section == "tiles" else compare(stage, args.rounds, rates, deadline)
+            except Exception as error:
+                print(f"{section}: {stage.title}: not measured, {told(error)}", flush=True)
+                continue
             results[f"{section}: {stage.title}"] = rows
             show(f"{section}: {stage.title}", rows)
-    save(args.json, {"gpu": gpu(), "copy": rates[0], "product": rates[1], **results})
+            save(args.json, {"gpu": gpu(), "copy": rates[0], "product": rates[1], **results})  # what there is so far
 
 
 if __name__ == "__main__":

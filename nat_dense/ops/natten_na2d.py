@@ -58,6 +58,10 @@ def _why_not_usable() -> str | None:
     missing = [name for name in _NEEDED if name not in arguments]
     if missing or not hasattr(natten, "HAS_LIBNATTEN"):
         return f"the installed NATTEN is too old: its na2d lacks {', '.join(missing) or 'HAS_LIBNATTEN'}"
+    try:
+        from natten.backends import get_compatible_backends  # noqa: F401  (`_names` asks it)
+    except ImportError as error:
+        return f"the installed NATTEN doesn't say what it can run ({error})"
     return None
 
 

@@ -27,6 +27,9 @@ TILES: dict[str, Pair] = {"8x8": (8, 8), "16x4": (16, 4), "4x8": (4, 8), "4x4": 
 
 VARIANTS = tuple(TILES)
 
+WIDE_TOKEN = 128
+"""Bytes of a head's channels from which on a program of usual size runs out of registers."""
+
 LOAD_COST = 64
 """What loading a token costs a program, in pairs of a query and a key that it could have computed instead."""
 
@@ -100,10 +103,16 @@ class Tile:
     warps: int
 
     @classmethod
-    def of(cls, owned: Pair, itemsize: int) -> Tile:
-        """The block is as large as registers allow; in float32 products take each operand in two halves."""
-        block = (4, 16) if itemsize == 2 else (4, 8)
-        return cls(owned, block, warps=math.prod(owned) // 16)
+    def of(cls, owned: Pair, token_bytes: int, itemsize: int) -> Tile:
+        """The block is as large as registers allow; in float32 products take each operand in two halves.
+
+        Args:
+            token_bytes: Of a head's channels, filled up to a power of two.
+            itemsize: Bytes of a number.
+        """
+        wide = token_bytes > WIDE_TOKEN
+        block = (4, 16) if itemsize == 2 and not wide else (4, 8)
+        return cls(owned, block, warps=math.prod(owned) // (8 if wide else 16))
 
     def cost(self, members: Pair, kernel_size: Pair) -> int:
         """Of all queries of a dilation group of `members` tokens, in pairs of a query and a key."""
@@ -123,9 +132,9 @@ def _blocks(members: int, kernel: int, owned: int, block: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_tile(members: Pair, kernel_size: Pair, itemsize: int) -> Tile:
-    """The cheapest of `TILES` for dilation groups of `members` tokens, with numbers of `itemsize` bytes."""
-    tiles = [Tile.of(owned, itemsize) for owned in TILES.values()]
+def choose_tile(members: Pair, kernel_size: Pair, token_bytes: int, itemsize: int) -> Tile:
+    """The cheapest of `TILES` for dilation groups of `members` tokens; the other arguments are those of `Tile.of`."""
+    tiles = [Tile.of(owned, token_bytes, itemsize) for owned in TILES.values()]
     return min(tiles, key=lambda tile: tile.cost(members, kernel_size))
 
 
@@ -146,25 +155,29 @@ class _Launch:
 
     def __init__(self, query: Tensor, kernel_size: Pair, dilation: Pair, scale: float, variant: str):
         batch, height, width, heads, dim = query.shape
-        itemsize = query.element_size()
+        block_d = max(16, _power_of_two(dim))
+        sizes = block_d * query.element_size(), query.element_size()
         size, groups = (height, width), math.prod(min(n, d) for n, d in zip((height, width), dilation, strict=True))
         members = (_cdiv(height, dilation[0]), _cdiv(width, dilation[1]))
-        tile = Tile.of(TILES[variant], itemsize) if variant else choose_tile(members, kernel_size, itemsize)
+        tile = Tile.of(TILES[variant], *sizes) if variant else choose_tile(members, kernel_size, *sizes)
         tiles = tuple(_cdiv(n, owned) for n, owned in zip(members, tile.owned, strict=True))
         self.programs_per_head = batch * groups * math.prod(tiles)
         self.grid = (self.programs_per_head * heads,)
         self.is_padded = completed_size(size, kernel_size, dilation) != size
         self.arguments = {
-            "shape": (height, width, heads),
+            "height": height,
+            "width": width,
+            "heads": heads,
             "dilation": dilation,
-            "tiles": tiles,
+            "tiles_h": tiles[0],
+            "tiles_w": tiles[1],
             "scale": scale * math.log2(math.e),
             "KERNEL": kernel_size,
             "TILE": tile.owned,
             "BLOCK": tile.block,
             "BINS": tuple(max(16, _power_of_two(2 * k - 1)) for k in kernel_size),
             "DIM": dim,
-            "BLOCK_D": max(16, _power_of_two(dim)),
+            "BLOCK_D": block_d,
             "PRECISION": _precision(query),
             "num_warps": tile.warps,
         }

@@ -1,7 +1,8 @@
 """The NATTEN back end: why it declines, and its scale, layout and log-sum-exp through NATTEN's own CPU path."""
 
 import dataclasses
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -44,6 +45,17 @@ def test_an_old_natten_is_known_by_its_arguments(monkeypatch):
     monkeypatch.setattr(natten_na2d, "_load", lambda: SimpleNamespace(na2d=na2d_of_old, HAS_LIBNATTEN=True))
     reason = natten_na2d._why_not_usable.__wrapped__()
     assert reason == "the installed NATTEN is too old: its na2d lacks backend, return_lse"
+
+
+def test_a_natten_that_does_not_say_what_it_can_run_is_not_asked(monkeypatch):
+    def na2d_of_another(query, key, value, kernel_size, dilation=1, scale=None, backend=None, return_lse=False):
+        raise AssertionError("not to be called")
+
+    monkeypatch.setattr(natten_na2d.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(natten_na2d, "_load", lambda: SimpleNamespace(na2d=na2d_of_another, HAS_LIBNATTEN=True))
+    monkeypatch.setitem(sys.modules, "natten.backends", ModuleType("natten.backends"))
+    reason = natten_na2d._why_not_usable.__wrapped__()
+    assert reason.startswith("the installed NATTEN doesn't say what it can run (cannot import name")
 
 
 def test_absence_names_the_command(monkeypatch):

@@ -123,6 +123,18 @@ def test_log_sum_exp():
 
 
 @needs_kernels
+@pytest.mark.skipif(HAS_GPU, reason="test_gpu.py has offsets of this size in memory that is really there")
+def test_heads_far_apart():
+    """The third head begins 2**31 numbers after the first, in memory that is reserved and mostly untouched."""
+    heads, dim, apart = 3, 8, 2**30
+    room = torch.empty(2 * apart + 9 * dim, dtype=torch.float16)
+    far = room.as_strided((1, 3, 3, heads, dim), (9 * dim, 3 * dim, dim, apart, 1))
+    far.copy_(torch.randn(far.shape, generator=torch.Generator().manual_seed(0)))
+    near = far.contiguous()
+    assert torch.equal(na2d(far, far, far, 3, backend="triton"), na2d(near, near, near, 3, backend="triton"))
+
+
+@needs_kernels
 def test_logits_of_any_size():
     """Softmax neither overflows nor underflows, and a bias of -inf hides its keys."""
     case = Case("large", (6, 7), (5, 5), dim=16, heads=1)
@@ -157,9 +169,9 @@ def test_float32_bias_with_bfloat16_tokens():
 
 def test_tiles_follow_the_group():
     """Big groups take 64 tokens a program, groups of a few tokens no more than they have."""
-    assert choose_tile((200, 304), (7, 7), 2).owned == (8, 8)
-    assert choose_tile((2, 2), (7, 7), 2).owned == (4, 4)
-    assert choose_tile((64, 64), (13, 13), 2).owned == (16, 4)  # 16 columns of keys are one block
+    assert choose_tile((200, 304), (7, 7), 64, 2).owned == (8, 8)
+    assert choose_tile((2, 2), (7, 7), 64, 2).owned == (4, 4)
+    assert choose_tile((64, 64), (13, 13), 64, 2).owned == (16, 4)  # 16 columns of keys are one block
 
 
 def test_cost_counts_the_blocks_of_every_tile():
@@ -171,13 +183,14 @@ def test_cost_counts_the_blocks_of_every_tile():
 
 
 @pytest.mark.parametrize("variant", triton_na2d.VARIANTS)
+@pytest.mark.parametrize("token_bytes", [64, 256])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_tiles_fill_the_matrix_units(variant, itemsize):
+def test_tiles_fill_the_matrix_units(variant, token_bytes, itemsize):
     """Products need 16 on each side: pairs of rows, and pairs of columns, when the bias's gradient is summed."""
-    tile = Tile.of(triton_na2d.TILES[variant], itemsize)
+    tile = Tile.of(triton_na2d.TILES[variant], token_bytes, itemsize)
     assert tile.owned[0] * tile.block[0] >= 16
     assert tile.owned[1] * tile.block[1] >= 16
-    assert tile.warps == tile.owned[0] * tile.owned[1] // 16
+    assert tile.warps == tile.owned[0] * tile.owned[1] // (16 if token_bytes == 64 else 8)
 
 
 @pytest.mark.parametrize(

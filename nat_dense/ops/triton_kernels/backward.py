@@ -25,7 +25,7 @@ from nat_dense.ops.triton_kernels.common import (
 )
 
 
-@triton.jit(do_not_specialize=["shape", "tiles"])
+@triton.jit(do_not_specialize=["height", "width", "heads", "tiles_h", "tiles_w"])
 def query_gradient_kernel(
     grad_out,
     query,
@@ -44,9 +44,12 @@ def query_gradient_kernel(
     query_strides,
     key_strides,
     value_strides,
-    shape,
+    height,
+    width,
+    heads,
     dilation,
-    tiles,
+    tiles_h,
+    tiles_w,
     scale,
     grad_scale,
     KERNEL: tl.constexpr,
@@ -67,7 +70,8 @@ def query_gradient_kernel(
         pad_sums: Written; float32 [programs / heads, heads, 2, DIM], for the padded key and the padded value.
         grad_scale: The scale without log2 e.
     """
-    batch, head, group, members, first = tile_of_program(shape, dilation, tiles, TILE)
+    shape = (height, width, heads)
+    batch, head, group, members, first = tile_of_program(shape, dilation, (tiles_h, tiles_w), TILE)
     if (first[0] >= members[0]) | (first[1] >= members[1]):
         return
     queries = places(first, TILE)
@@ -83,11 +87,14 @@ def query_gradient_kernel(
     lse_pointers = token_pointers(lse, batch, head, group, queries, dilation, contiguous_strides(shape, 1))
     log_sum = tl.load(lse_pointers, mask=valid, other=float("inf")) * LOG2_E  # beyond the group all weights are 0
 
-    mixed = tl.zeros([TILE[0] * TILE[1], BLOCK_D], tl.float32)
-    sums = tl.zeros([BINS[0], BINS[1]], tl.float32)
-    padded_weight = tl.zeros([TILE[0] * TILE[1]], tl.float32)
-    padded_grad = tl.zeros([TILE[0] * TILE[1]], tl.float32)
-    table = bias_table(bias, head, KERNEL, BINS)
+    mixed = tl.full([TILE[0] * TILE[1], BLOCK_D], 0.0, tl.float32)
+    sums = tl.full([BINS[0], BINS[1]], 0.0, tl.float32)
+    padded_weight = tl.full([TILE[0] * TILE[1]], 0.0, tl.float32)
+    padded_grad = tl.full([TILE[0] * TILE[1]], 0.0, tl.float32)
+    if bias is not None:
+        table = bias_table(bias, head, KERNEL, BINS)
+    else:
+        table = None
     low, end = key_box(first, members, KERNEL, TILE)
     across = tl.cdiv(end[1] - low[1], BLOCK[1])
     for block in range(tl.cdiv(end[0] - low[0], BLOCK[0]) * across):
@@ -171,7 +178,7 @@ def viewers(first, last, members, full, KERNEL: tl.constexpr):
     return low, end
 
 
-@triton.jit(do_not_specialize=["shape", "tiles"])
+@triton.jit(do_not_specialize=["height", "width", "heads", "tiles_h", "tiles_w"])
 def key_gradient_kernel(
     grad_out,
     query,
@@ -186,9 +193,12 @@ def key_gradient_kernel(
     query_strides,
     key_strides,
     value_strides,
-    shape,
+    height,
+    width,
+    heads,
     dilation,
-    tiles,
+    tiles_h,
+    tiles_w,
     scale,
     grad_scale,
     KERNEL: tl.constexpr,
@@ -205,7 +215,8 @@ def key_gradient_kernel(
         grad_key, grad_value: Written; [B, H, W, heads, DIM], contiguous.
         TILE, BLOCK: (rows, columns) of a program's keys and of the queries taken at a time.
     """
-    batch, head, group, members, first = tile_of_program(shape, dilation, tiles, TILE)
+    shape = (height, width, heads)
+    batch, head, group, members, first = tile_of_program(shape, dilation, (tiles_h, tiles_w), TILE)
     if (first[0] >= members[0]) | (first[1] >= members[1]):
         return
     keys = places(first, TILE)
@@ -215,9 +226,12 @@ def key_gradient_kernel(
     v_pointers = token_pointers(value, batch, head, group, keys, dilation, value_strides)
     v = load_tokens(v_pointers, valid, DIM, BLOCK_D)
 
-    grad_k = tl.zeros([TILE[0] * TILE[1], BLOCK_D], tl.float32)
-    grad_v = tl.zeros([TILE[0] * TILE[1], BLOCK_D], tl.float32)
-    table = bias_table(bias, head, KERNEL, BINS)
+    grad_k = tl.full([TILE[0] * TILE[1], BLOCK_D], 0.0, tl.float32)
+    grad_v = tl.full([TILE[0] * TILE[1], BLOCK_D], 0.0, tl.float32)
+    if bias is not None:
+        table = bias_table(bias, head, KERNEL, BINS)
+    else:
+        table = None
     full = completed(members, KERNEL)
     last_h, last_w = tl.minimum(first[0] + TILE[0], members[0]) - 1, tl.minimum(first[1] + TILE[1], members[1]) - 1
     low_h, end_h = viewers(first[0], last_h, members[0], full[0], KERNEL[0])

@@ -90,7 +90,8 @@ def token_pointers(tensor, batch, head, group, place, dilation, strides):
     """Pointers to the first channel of a head's tokens at places; strides are those of [B, H, W, heads]."""
     row = (group[0] + dilation[0] * place[0]).to(tl.int64)
     column = (group[1] + dilation[1] * place[1]).to(tl.int64)
-    return tensor + batch.to(tl.int64) * strides[0] + head * strides[3] + row * strides[1] + column * strides[2]
+    first = batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[3]
+    return tensor + first + row * strides[1] + column * strides[2]
 
 
 @triton.jit
@@ -129,19 +130,16 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def bias_table(bias, head, KERNEL: tl.constexpr, BINS: tl.constexpr):
-    """A head's biases [BINS rows * BINS columns] with BINS columns a row, or None without a bias.
+    """A head's biases [BINS rows * BINS columns] with BINS columns a row.
 
     Held in registers, so that a program looks its biases up in shared memory, in the layout of its products.
     """
-    if bias is None:
-        return None
-    else:
-        index = tl.arange(0, BINS[0] * BINS[1])
-        row, column = index // BINS[1], index % BINS[1]
-        heights: tl.constexpr = 2 * KERNEL[0] - 1
-        widths: tl.constexpr = 2 * KERNEL[1] - 1
-        entries = bias + (head * heights + row) * widths + column
-        return tl.load(entries, mask=(row < heights) & (column < widths), other=0.0)
+    index = tl.arange(0, BINS[0] * BINS[1])
+    row, column = index // BINS[1], index % BINS[1]
+    heights: tl.constexpr = 2 * KERNEL[0] - 1
+    widths: tl.constexpr = 2 * KERNEL[1] - 1
+    entries = bias + (head * heights + row) * widths + column
+    return tl.load(entries, mask=(row < heights) & (column < widths), other=0.0)
 
 
 @triton.jit
@@ -151,7 +149,7 @@ def logits_of(products, keys, queries, members, table, scale, KERNEL: tl.constex
     Args:
         products: [M, N].
         keys, queries: Places (rows, columns) with one axis of length 1 each, so that they broadcast to [M, N].
-        table: From `bias_table`.
+        table: From `bias_table`, or None without a bias.
     """
     full = completed(members, KERNEL)
     # One comparison an axis: what lies before the window is large without a sign.

@@ -24,7 +24,7 @@ from nat_dense.ops.triton_kernels.common import (
 )
 
 
-@triton.jit(do_not_specialize=["shape", "tiles"])
+@triton.jit(do_not_specialize=["height", "width", "heads", "tiles_h", "tiles_w"])
 def forward_kernel(
     query,
     key,
@@ -37,9 +37,12 @@ def forward_kernel(
     query_strides,
     key_strides,
     value_strides,
-    shape,
+    height,
+    width,
+    heads,
     dilation,
-    tiles,
+    tiles_h,
+    tiles_w,
     scale,
     KERNEL: tl.constexpr,
     TILE: tl.constexpr,
@@ -56,14 +59,15 @@ def forward_kernel(
         bias: float32 [heads, 2 * rows - 1, 2 * columns - 1] times log2 e, contiguous, or None.
         pad_key, pad_value: [heads, DIM], contiguous; None where the map holds a window.
         out, lse: Written; [B, H, W, heads, DIM] and float32 [B, H, W, heads], contiguous.
-        shape: H, W, heads.
-        tiles: Rows and columns of tiles over the largest group.
+        height, width, heads: Of the map; one by one, since Triton would compile for each size of a tuple's.
+        tiles_h, tiles_w: Rows and columns of tiles over the largest group.
         scale: Of the products, times log2 e.
         KERNEL, TILE, BLOCK: (rows, columns) of the window, of a program's queries and of the keys taken at a time.
         BINS: Powers of two, at least 16, that hold 2 * KERNEL - 1.
         PRECISION: Of products, see `dot`.
     """
-    batch, head, group, members, first = tile_of_program(shape, dilation, tiles, TILE)
+    shape = (height, width, heads)
+    batch, head, group, members, first = tile_of_program(shape, dilation, (tiles_h, tiles_w), TILE)
     if (first[0] >= members[0]) | (first[1] >= members[1]):
         return
     queries = places(first, TILE)
@@ -72,9 +76,12 @@ def forward_kernel(
     q = load_tokens(q_pointers, valid, DIM, BLOCK_D)
 
     largest = tl.full([TILE[0] * TILE[1]], float("-inf"), tl.float32)
-    total = tl.zeros([TILE[0] * TILE[1]], tl.float32)
-    mixed = tl.zeros([TILE[0] * TILE[1], BLOCK_D], tl.float32)
-    table = bias_table(bias, head, KERNEL, BINS)
+    total = tl.full([TILE[0] * TILE[1]], 0.0, tl.float32)
+    mixed = tl.full([TILE[0] * TILE[1], BLOCK_D], 0.0, tl.float32)
+    if bias is not None:
+        table = bias_table(bias, head, KERNEL, BINS)
+    else:
+        table = None
     low, end = key_box(first, members, KERNEL, TILE)
     across = tl.cdiv(end[1] - low[1], BLOCK[1])
     for block in range(tl.cdiv(end[0] - low[0], BLOCK[0]) * across):

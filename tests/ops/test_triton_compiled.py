@@ -1,0 +1,123 @@
+"""The Triton kernels compiled for GPUs that are not there: what the launcher passes, for what it is typed to be.
+
+The interpreter runs kernels as Python, which takes much that Triton's compiler refuses.
+"""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from nat_dense.ops import triton_na2d
+from nat_dense.ops.problem import Problem
+from tests.ops.cases import Case
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
+]
+
+SMALLEST_SHARED = 99 << 10
+"""Bytes of shared memory that a program may have on the GPUs of 8.6, 8.9 and 12.0."""
+
+PLAIN = Case("plain", (64, 80), strided=True)
+SLOW = pytest.mark.slow
+COMPILED = (
+    pytest.param(PLAIN, torch.bfloat16, id="plain, bfloat16"),
+    pytest.param(PLAIN, torch.float32, id="plain, float32"),
+    pytest.param(Case("", (1, 1), heads=1, padded=True, dim=16), torch.float16, id="one padded token of one head"),
+    pytest.param(Case("", (33, 40), (3, 7), (2, 3), heads=1, dim=24, rpb=False), torch.bfloat16, id="pairs, no bias"),
+    pytest.param(Case("", (9, 10), (3, 3), heads=1, dim=1), torch.bfloat16, id="one channel", marks=SLOW),
+    pytest.param(Case("", (40, 70), (13, 13), dim=128), torch.bfloat16, id="largest", marks=SLOW),
+    pytest.param(Case("", (40, 70), (13, 13), dim=64), torch.float32, id="largest, float32", marks=SLOW),
+    pytest.param(Case("", (40, 70), (13, 13), dim=128), torch.float32, id="widest, float32", marks=SLOW),
+)
+
+
+class Gpu:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, capability: int):
+        self.capability = capability
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 1000 + self.capability  # kernels are kept by device: none that is there
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def compile_for(monkeypatch):
+    """A function that runs forward and backward of a case in the launcher: three kernels, compiled and not launched."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    kernels = []
+    run = JITFunction.run
+    active = "active" if "active" in vars(driver) else "_active"  # a property since Triton 3.5
+    monkeypatch.setattr(driver, active, getattr(driver, active))
+    monkeypatch.setattr(
+        JITFunction,
+        "run",
+        lambda self, *args, warmup, **options: kernels.append(run(self, *args, warmup=True, **options)),
+    )
+
+    def compile_for(capability: int, case: Case, dtype: torch.dtype, variant: str = "") -> list:
+        kernels.clear()
+        driver.set_active(Gpu(capability))
+        tensors = {n: None if t is None else t.detach() for n, t in case.tensors(dtype).items()}
+        grad_out = tensors.pop("grad_out")
+        settings = (case.kernel_size, case.dilation, 1.0, variant)
+        out, lse = triton_na2d.forward(*tensors.values(), *settings)
+        triton_na2d.backward(grad_out, *tensors.values(), out, lse, *settings)
+        assert [kernel.name for kernel in kernels] == ["forward_kernel", "query_gradient_kernel", "key_gradient_kernel"]
+        return list(kernels)
+
+    return compile_for
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("case", "dtype"), COMPILED)
+def test_compiles_within_the_shared_memory(case, dtype, capability, compile_for):
+    head_dim, needed = triton_na2d.WIDE_FLOAT32
+    limit = needed if dtype is torch.float32 and case.dim > head_dim else SMALLEST_SHARED
+    for kernel in compile_for(capability, case, dtype):
+        assert kernel.asm["cubin"]
+        assert kernel.metadata.shared <= limit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", triton_na2d.VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_tile_compiles(variant, dtype, compile_for):
+    for kernel in compile_for(80, Case("", (64, 80), dim=32), dtype, variant):
+        assert kernel.metadata.shared <= SMALLEST_SHARED
+
+
+def test_maps_of_many_sizes_share_their_kernels(compile_for):
+    """Training at many scales would wait for a compiler otherwise."""
+    sizes = ((64, 80), (65, 77), (128, 16), (7, 7))
+    sets = [
+        compile_for(80, Case("", size, heads=heads, strided=True), torch.bfloat16, "8x8")
+        for size, heads in zip(sizes, (2, 1, 16, 3), strict=True)
+    ]
+    for found in sets[1:]:
+        assert all(kernel is first for kernel, first in zip(found, sets[0], strict=True))
+
+
+def test_the_limit_is_what_the_launcher_says(monkeypatch):
+    """`WIDE_FLOAT32` keeps the kernels that need more off small GPUs."""
+    problem = Problem((64, 80), (7, 7), (1, 1), triton_na2d.WIDE_FLOAT32[0], torch.float32, "cuda", True)
+    card = type("Card", (), {"shared_memory_per_block_optin": SMALLEST_SHARED})
+    monkeypatch.setattr(triton_na2d, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: card)
+    assert triton_na2d.why_not(problem, "") is None
