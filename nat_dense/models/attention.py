@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nat_dense.models.linear import Linear
-from nat_dense.ops import na2d, reference
+from nat_dense.ops import na2d, na2d_rows, reference
 from nat_dense.ops.backends import check_name
 from nat_dense.ops.problem import completed_size
 
@@ -67,14 +67,17 @@ class NeighborhoodAttention2D(nn.Module):
         self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, dim] -> [B, H, W, dim].
+    def forward(self, x: Tensor, rows: tuple[int, int] | None = None) -> Tensor:
+        """[B, H, W, dim] -> [B, H, W, dim], or the rows [first, last) of that, without gradients, for `rows`.
 
         A map smaller than the dilated window counts as zero-padded on the right and bottom before the projection, as
         in the released models: its padding is attended to and has the projection's biases as key and value.
         """
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        query, key, value = qkv.unbind(3)  # [B, H, W, heads, head_dim]
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)  # [B, H, W, heads, head_dim]
+        if rows is not None:
+            window = self.kernel_size, self.dilation
+            out = na2d_rows(query, key, value, *window, self.rpb, self.scale, rows, backend=self.backend)
+            return self.proj_drop(self.proj(out.flatten(-2)))
         _, key_bias, value_bias = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
         out = attend(
             query,

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nat_dense.models import variants
 from nat_dense.models.attention import NeighborhoodAttention2D
-from nat_dense.models.layers import DropPath, Mlp, in_runs, scaled
+from nat_dense.models.layers import DropPath, Mlp, in_runs, rows_in_a_band, rows_seen, scaled
 
 Dilations = str | Sequence[Sequence[int]] | None
 
@@ -37,7 +37,22 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
+        rows = rows_in_a_band(x, self.attn.kernel_size * self.attn.dilation)
+        if rows and not self.training:
+            return self._in_bands(x, rows)
         return in_runs(self._add_branches, x, self.attn(self.norm1(x)), training=self.training)
+
+    def _in_bands(self, x: Tensor, rows: int) -> Tensor:
+        """All of the block for a band of rows before the next one: what lies between x and the output stays in the
+        cache. The rows that the windows of two bands share are projected for both."""
+        out = torch.empty_like(x)
+        for image, place in zip(x.split(1), out.split(1), strict=True):
+            for first in range(0, x.shape[1], rows):
+                last = min(first + rows, x.shape[1])
+                low, high = rows_seen(first, last, x.shape[1], self.attn.kernel_size, self.attn.dilation)
+                attended = self.attn(self.norm1(image[:, low:high]), rows=(first - low, last - low))
+                place[:, first:last] = self._add_branches(image[:, first:last], attended)
+        return out
 
     def _add_branches(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.drop_path(scaled(attended, self.gamma1))

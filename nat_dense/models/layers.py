@@ -12,9 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nat_dense.models.linear import Linear, is_traced
+from nat_dense.ops.functional import is_transformed
 
 RUN_BYTES = 1 << 20
 """Tokens are taken in runs of about this many bytes, so that what a run makes of them stays in the CPU's cache."""
+
+BAND_BYTES = 8 << 20
+"""Rows of a map are taken in bands whose projection to query, key and value has about this many bytes."""
+
+MIN_BANDS = 4
+"""Below this many bands the projection may well stay in the last cache as a whole."""
 
 MIN_RUN = 512
 """Tokens in the shortest run: fewer would cost the matrix products more than the cache gives."""
@@ -33,8 +40,7 @@ def in_runs(function: Callable[..., Tensor], *maps: Tensor, training: bool) -> T
     """
     first = maps[0]
     step = max(MIN_RUN, RUN_BYTES // (first.shape[-1] * first.element_size()))
-    whole = training or first.device.type != "cpu" or torch.is_grad_enabled() or is_traced()
-    if whole or first.shape[:-1].numel() <= step:
+    if training or not _may_be_split(first) or first.shape[:-1].numel() <= step:
         return function(*maps)
     runs = zip(*(m.flatten(0, -2).split(step) for m in maps), strict=True)
     start = function(*next(runs))
@@ -44,6 +50,35 @@ def in_runs(function: Callable[..., Tensor], *maps: Tensor, training: bool) -> T
     for run, place in zip(runs, places, strict=True):
         place.copy_(function(*run))
     return out
+
+
+def rows_in_a_band(x: Tensor, window: int) -> int:
+    """How many rows of a map a block should take at once in CPU inference; 0 for all.
+
+    Args:
+        x: [B, H, W, C].
+        window: Side of the dilated window in rows.
+    """
+    _, height, width, dim = x.shape
+    row_bytes = width * 3 * dim * x.element_size()  # of the projection
+    rows = max(1, BAND_BYTES // row_bytes)
+    worth_it = rows >= window and height >= MIN_BANDS * rows and width >= window
+    return rows if worth_it and _may_be_split(x) else 0
+
+
+def rows_seen(first: int, last: int, height: int, kernel_size: int, dilation: int) -> tuple[int, int]:
+    """Rows [low, high) that hold the windows of the queries in rows [first, last), and no border that isn't the map's.
+
+    `low` is a multiple of the dilation, so that in these rows alone the dilated groups are what they are in the map.
+    """
+    window, reach = kernel_size * dilation, kernel_size // 2 * dilation
+    low = max(0, min(first - reach, height - window)) // dilation * dilation
+    return low, min(height, max(last + reach, low + window))
+
+
+def _may_be_split(x: Tensor) -> bool:
+    """Whether the order of the work is ours to choose: CPU inference outside tracing and transforms."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled() and not is_traced() and not is_transformed()
 
 
 def scaled(x: Tensor, layer_scale: Tensor | None) -> Tensor:

@@ -23,6 +23,7 @@ class Backend:
         forward, backward: As in `reference.py`, plus the keyword `variant` where `variants` is not empty. No backward
             where `why_not` declines every problem that needs a gradient.
         variants: What may follow the name and a colon: code paths of one back end, for tests and debugging.
+        takes_rows: Whether `forward` has the keyword `rows` (first, last), which computes those rows alone.
     """
 
     name: str
@@ -30,10 +31,11 @@ class Backend:
     forward: Callable
     backward: Callable | None
     variants: tuple[str, ...] = ()
+    takes_rows: bool = False
 
 
 TABLE = (
-    Backend("cpu", cpu.why_not, cpu.forward, cpu.backward, variants=cpu.VARIANTS),
+    Backend("cpu", cpu.why_not, cpu.forward, cpu.backward, variants=cpu.VARIANTS, takes_rows=True),
     Backend("natten", natten_na2d.why_not, natten_na2d.forward, None, variants=natten_na2d.VARIANTS),
     Backend("triton", triton_na2d.why_not, triton_na2d.forward, triton_na2d.backward, variants=triton_na2d.VARIANTS),
     Backend("reference", lambda problem, variant: None, reference.forward, reference.backward),

@@ -70,10 +70,15 @@ def forward(
     dilation: Pair,
     scale: float,
     variant: str = "",
+    rows: Pair | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.forward`, with the instruction set of `variant`."""
+    """As `reference.forward`, with the instruction set of `variant`.
+
+    `rows` (first, last) computes only the rows [first, last) of the results; the others are left as memory has them.
+    """
+    first, last = (0, query.shape[1]) if rows is None else rows
     return torch.ops.nat_dense_cpu.forward(
-        query, key, value, rpb, pad_key, pad_value, kernel_size, dilation, scale, variant
+        query, key, value, rpb, pad_key, pad_value, kernel_size, dilation, scale, first, last, variant
     )
 
 

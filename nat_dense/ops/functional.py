@@ -78,6 +78,45 @@ def na2d(
     return out
 
 
+def na2d_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int | Pair,
+    dilation: int | Pair,
+    rpb: Tensor | None,
+    scale: float,
+    rows: Pair,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Some rows of what `na2d` returns, for maps that come band by band. Without gradients.
+
+    Args:
+        query, key, value, kernel_size, dilation, rpb, scale, backend: As in `na2d`.
+        rows: (first, last): the rows [first, last) are computed; on back ends that can't, all are, and dropped.
+
+    Returns:
+        [B, last - first, W, heads, head_dim].
+
+    Raises:
+        ValueError: As `na2d`, or there are no such rows.
+        RuntimeError: As `na2d`, or a gradient would be lost.
+    """
+    kernel_size, dilation = _pair("kernel_size", kernel_size), _pair("dilation", dilation)
+    _check_tensors(query, key, value)
+    _check_window(query, kernel_size, dilation, padded=False)
+    _check_extras(query, rpb, None, None, kernel_size)
+    backends.check_name(backend)
+    if not 0 <= rows[0] < rows[1] <= query.shape[1]:
+        raise ValueError(f"rows={rows}: expected first < last in a map of {query.shape[1]} rows")
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, rpb)):
+        raise RuntimeError("na2d_rows has no gradient: call na2d, or use torch.no_grad()")
+    return torch.ops.nat_dense.na2d_rows(
+        query, key, value, rpb, list(kernel_size), list(dilation), scale, list(rows), backend
+    )
+
+
 def is_transformed() -> bool:
     """Whether a transform of `torch.func` or a forward-mode gradient is under way.
 
@@ -153,7 +192,14 @@ torch.library.define(
 )
 
 
-def _run(pass_name, tensors, rpb, kernel_size, dilation, scale, backend, needs_grad):
+torch.library.define(
+    "nat_dense::na2d_rows",
+    "(Tensor query, Tensor key, Tensor value, Tensor? rpb, int[2] kernel_size, int[2] dilation, float scale, "
+    "int[2] rows, str backend) -> Tensor",
+)
+
+
+def _run(pass_name, tensors, rpb, kernel_size, dilation, scale, backend, needs_grad, rows=None):
     """Chooses the back end and calls it with tensors whose head_dim has unit stride."""
     tensors = [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors]
     kernel_size, dilation = tuple(kernel_size), tuple(dilation)
@@ -161,6 +207,8 @@ def _run(pass_name, tensors, rpb, kernel_size, dilation, scale, backend, needs_g
     problem = Problem.of(query, rpb, kernel_size, dilation, needs_grad)
     row, variant = backends.select(problem, backend)
     keywords = {"variant": variant} if row.variants else {}
+    if rows is not None and row.takes_rows:
+        keywords["rows"] = rows
     return getattr(row, pass_name)(*tensors, kernel_size, dilation, scale, **keywords)
 
 
@@ -176,6 +224,13 @@ def _na2d(query, key, value, rpb, pad_key, pad_value, kernel_size, dilation, sca
 @torch.library.register_fake("nat_dense::na2d")
 def _na2d_fake(query, key, value, rpb, pad_key, pad_value, kernel_size, dilation, scale, backend):
     return query.new_empty(query.shape), query.new_empty(query.shape[:4], dtype=accumulation_dtype(query.dtype))
+
+
+@torch.library.impl("nat_dense::na2d_rows", "CompositeExplicitAutograd")
+def _na2d_rows(query, key, value, rpb, kernel_size, dilation, scale, rows, backend):
+    tensors = (query, key, value, rpb, None, None)
+    out, _ = _run("forward", tensors, rpb, kernel_size, dilation, scale, backend, False, tuple(rows))
+    return out[:, slice(*rows)]
 
 
 @torch.library.impl("nat_dense::na2d_backward", "CompositeExplicitAutograd")

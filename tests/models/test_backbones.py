@@ -4,7 +4,7 @@ import pytest
 import torch
 from mmengine.registry import MODELS
 
-from nat_dense.models import NAT, DiNAT, DiNAT_s, variants
+from nat_dense.models import NAT, DiNAT, DiNAT_s, layers, variants
 from nat_dense.models.backbone import Stage
 from tests import golden
 
@@ -229,3 +229,45 @@ def test_stochastic_depth_drops_whole_samples_without_gradients():
         with torch.set_grad_enabled(gradients):
             outputs.append(block(tokens))
     torch.testing.assert_close(*outputs)
+
+
+@pytest.mark.parametrize("size", [(232, 201), (509, 64), (350, 230)])
+@pytest.mark.parametrize("family", [NAT, DiNAT])
+def test_bands_of_rows_give_what_the_whole_map_gives(family, size, monkeypatch):
+    dilations = [[1, 2], [3, 1], [1, 1], [1, 1]] if family is DiNAT else None
+    model = family(embed_dim=16, depths=[2] * 4, num_heads=[1, 2, 2, 4], kernel_size=3, dilations=dilations).eval()
+    image = torch.randn(2, 3, *size)
+    bands = []
+    model.levels[0].blocks[1].attn.register_forward_pre_hook(
+        lambda attention, args, named: bands.append(named.get("rows")), with_kwargs=True
+    )
+    with torch.no_grad():
+        whole = model(image)
+        monkeypatch.setattr(layers, "BAND_BYTES", 80_000)
+        banded = model(image)
+        model.train()
+        model(image)
+    assert bands[0] is bands[-1] is None
+    assert len(bands) - 2 >= 2 * layers.MIN_BANDS
+    for a, b in zip(whole, banded, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dilation", [1, 2, 3, 5])
+@pytest.mark.parametrize("kernel_size", [3, 7])
+def test_rows_seen_hold_every_window(kernel_size, dilation):
+    """A row's window is the same in these rows alone as in the whole map."""
+    for height in range(kernel_size * dilation, kernel_size * dilation + 13):
+        for first in range(height):
+            for last in (first + 1, min(first + 6, height)):
+                low, high = layers.rows_seen(first, last, height, kernel_size, dilation)
+                assert low % dilation == 0
+                assert high - low >= kernel_size * dilation
+                for row in range(first, last):
+                    windows = []
+                    for offset, length in ((0, height), (low, high - low)):
+                        group, place = (row - offset) % dilation, (row - offset) // dilation
+                        members = (length - group + dilation - 1) // dilation
+                        start = min(max(place - kernel_size // 2, 0), members - kernel_size)
+                        windows.append(offset + group + start * dilation)
+                    assert windows[0] == windows[1], (height, first, last, row)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from nat_dense.ops import flops, na2d
+from nat_dense.ops import flops, na2d, na2d_rows
 
 
 def attention_by_matmul(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -57,3 +57,10 @@ def test_pairs_dilation_and_completed_maps_count_real_queries_only(device):
 
 def test_bias_additions_are_counted_apart():
     assert flops.bias_additions((2, 20, 30, 4, 32), (7, 7)) == 2 * 20 * 30 * 4 * 49
+
+
+def test_rows_count_alone():
+    maps = torch.randn(3, 2, 20, 30, 4, 32)
+    with FlopCounterMode(display=False) as counter:
+        na2d_rows(*maps, 7, 1, None, 1.0, (3, 8))
+    assert counter.get_total_flops() == 4 * 7 * 7 * 32 * (2 * 5 * 30 * 4)

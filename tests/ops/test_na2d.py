@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nat_dense.ops import backend_report, backends, na2d
+from nat_dense.ops import backend_report, backends, na2d, na2d_rows
 from nat_dense.ops.problem import Problem
 from tests.ops.cases import CASES, Case
 
@@ -171,3 +171,30 @@ def test_second_derivatives_are_refused():
     (gradient,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", [case for case in CASES if not case.padded], ids=lambda case: case.name)
+def test_rows_are_those_of_the_whole(case, backend):
+    tensors = {name: t if t is None else t.detach() for name, t in case.tensors(torch.float32).items()}
+    query, key, value, rpb = (tensors[name] for name in ("query", "key", "value", "rpb"))
+    settings = case.kernel_size, case.dilation, rpb, 0.3
+    whole = na2d(query, key, value, *settings, backend=backend)
+    height = case.size[0]
+    for rows in ((0, height), (0, 1), (height - 1, height), (height // 3, height // 3 + 2), (1, height - 1)):
+        found = na2d_rows(query, key, value, *settings, rows, backend=backend)
+        torch.testing.assert_close(found, whole[:, slice(*rows)], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [(-1, 3), (4, 4), (5, 4), (3, 10)])
+def test_rows_outside_the_map_are_refused(rows):
+    with pytest.raises(ValueError, match="expected first < last in a map of 9 rows"):
+        na2d_rows(*torch.zeros(3, 1, 9, 9, 2, 8), 3, 1, None, 1.0, rows)
+
+
+def test_rows_would_lose_gradients():
+    maps = torch.zeros(3, 1, 9, 9, 2, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match="na2d_rows has no gradient"):
+        na2d_rows(*maps, 3, 1, None, 1.0, (0, 4))
+    with torch.no_grad():
+        assert na2d_rows(*maps, 3, 1, None, 1.0, (0, 4)).shape == (1, 4, 9, 2, 8)

@@ -15,7 +15,7 @@ class Ahead {
   // Forgets the last block. The coming one makes `steps` calls of `step`.
   void start(int64_t steps) {
     count_ = row_ = 0;
-    position_ = tokens_ = 0;
+    position_ = tokens_ = at_once_ = 0;
     steps_ = max_of(steps, 1);
   }
 
@@ -26,11 +26,12 @@ class Ahead {
     const int64_t offset = batch * map.batch + token_row * map.row + head * map.head;
     rows_[count_++] = {static_cast<const char*>(map.data) + offset * size, map.column * size, columns, count};
     tokens_ += count;
+    at_once_ = ceil_div(tokens_, steps_);
   }
 
   NAT_DENSE_INLINE void step(int64_t token_bytes) {
 #if defined(__GNUC__)
-    int64_t left = ceil_div(tokens_, steps_);
+    int64_t left = at_once_;
     while (left > 0 && row_ < count_) {
       const Row& row = rows_[row_];
       const int64_t end = min_of(position_ + left, row.count);
@@ -55,7 +56,7 @@ class Ahead {
   };
   Row rows_[kMostRows];
   int count_ = 0, row_ = 0;
-  int64_t position_ = 0, tokens_ = 0, steps_ = 1;
+  int64_t position_ = 0, tokens_ = 0, steps_ = 1, at_once_ = 0;
 };
 
 }  // namespace

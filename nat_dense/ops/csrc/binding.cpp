@@ -119,8 +119,8 @@ class Problem {
   std::unique_ptr<Plan> plan_;
 };
 
-// Runs of query rows: whole row groups where there are enough of them for all threads.
-std::vector<Item> items_of(const Call& call, int64_t segments) {
+// Runs of query rows out of [first, last): whole row groups where there are enough of them for all threads.
+std::vector<Item> items_of(const Call& call, int64_t segments, int64_t first, int64_t last) {
   const int64_t threads = at::get_num_threads(), groups = group_count(call.rows);
   const int64_t whole = call.batch * call.heads * groups * segments;
   const bool balanced = threads == 1 || whole % threads == 0 || whole >= 8 * threads;
@@ -129,11 +129,12 @@ std::vector<Item> items_of(const Call& call, int64_t segments) {
   for (int64_t batch = 0; batch < call.batch; ++batch) {
     for (int64_t head = 0; head < call.heads; ++head) {
       for (int64_t group = 0; group < groups; ++group) {
-        const int64_t rows = real_members(call.rows, group);
+        const int64_t low = ceil_div(max_of(first - group, 0), call.rows.dilation);
+        const int64_t high = ceil_div(max_of(last - group, 0), call.rows.dilation), rows = high - low;
         const int64_t runs = max_of(1, min_of(wanted, rows / call.rows.kernel)), step = ceil_div(rows, runs);
         for (int64_t segment = 0; segment < segments; ++segment) {
-          for (int64_t begin = 0; begin < rows; begin += step) {
-            items.push_back({batch, head, group, segment, begin, min_of(begin + step, rows)});
+          for (int64_t begin = low; begin < high; begin += step) {
+            items.push_back({batch, head, group, segment, begin, min_of(begin + step, high)});
           }
         }
       }
@@ -153,14 +154,15 @@ void each_item(const std::vector<Item>& items, int64_t scratch, F&& f) {
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& rpb,
                                    const OptionalTensor& pad_key, const OptionalTensor& pad_value,
                                    at::IntArrayRef kernel_size, at::IntArrayRef dilation, double scale,
-                                   std::string isa) {
+                                   int64_t first, int64_t last, std::string isa) {
   Problem problem(query, key, value, rpb, pad_key, pad_value, kernel_size, dilation, scale, isa, false);
+  TORCH_CHECK(0 <= first && first <= last && last <= query.size(1), "no rows [", first, ", ", last, ") in the map");
   Tensor out = at::empty(query.sizes(), problem.type);
   Tensor lse = at::empty(query.sizes().slice(0, 4), problem.accumulation);
   problem.call.out = map_of(out);
   problem.call.lse = lse.mutable_data_ptr();
   const Call& call = problem.call;
-  each_item(items_of(call, call.segment_count), problem.kernels.forward_scratch(call),
+  each_item(items_of(call, call.segment_count, first, last), problem.kernels.forward_scratch(call),
             [&](const Item& item, const Item* next, void* memory) { problem.kernels.forward(call, item, next, memory); });
   return {out.to(query.scalar_type()), lse};
 }
@@ -199,7 +201,7 @@ std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& query, const 
   call.grad_value = map_of(grad_value);
   call.needs_grad_bias = rpb.has_value();
   Partials partials(call);
-  each_item(items_of(call, 1), problem.kernels.backward_scratch(call), [&](const Item& item, const Item* next, void* memory) {
+  each_item(items_of(call, 1, 0, call.rows.length), problem.kernels.backward_scratch(call), [&](const Item& item, const Item* next, void* memory) {
     problem.kernels.backward(call, item, next, partials.of_thread(), memory);
   });
   std::vector<Tensor> gradients = {grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype)};
@@ -213,7 +215,7 @@ TORCH_LIBRARY(nat_dense_cpu, m) {
   m.def("instruction_sets() -> str[]", &instruction_sets);
   m.def(
       "forward(Tensor query, Tensor key, Tensor value, Tensor? rpb, Tensor? pad_key, Tensor? pad_value, "
-      "int[2] kernel_size, int[2] dilation, float scale, str isa) -> (Tensor, Tensor)");
+      "int[2] kernel_size, int[2] dilation, float scale, int first, int last, str isa) -> (Tensor, Tensor)");
   m.def(
       "backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? rpb, Tensor? pad_key, "
       "Tensor? pad_value, Tensor lse, int[2] kernel_size, int[2] dilation, float scale, str isa) -> Tensor[]");

@@ -111,9 +111,12 @@ class Forward {
       const V logit = dot_with_one<V>(query_.at(r) + tile.first, query_step_, key, dim);
       pads.fill(weight, lanes, logit, bias_.row(block.bias(r)), bias_.stride);
     }
-    V most = V::load(weight);
-    for (int64_t i = 1; i < window_; ++i) most = max(most, V::load(weight + i * lanes));
-    V total = V::zero();
+    V most = V::load(weight), total = V::zero();
+    for (int64_t i = 0; i < window_; i += call_.columns.kernel) {  // a chain per window row, not one through all
+      V row_most = V::load(weight + i * lanes);
+      for (int64_t j = i + 1; j < i + call_.columns.kernel; ++j) row_most = max(row_most, V::load(weight + j * lanes));
+      most = max(most, row_most);
+    }
     for (int64_t i = 0; i < window_; i += call_.columns.kernel) {  // a sum per window row: fewer roundings in a chain
       V row_total = V::zero();
       for (int64_t j = i; j < i + call_.columns.kernel; ++j) {

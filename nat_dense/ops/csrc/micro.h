@@ -143,6 +143,7 @@ NAT_DENSE_INLINE void mix_rows(const Mix<V>& a, int rows, int column, int column
 // Calls f(first column, columns) for blocks of nearly equal width, none wider than `most`.
 template <class F>
 NAT_DENSE_INLINE void split_columns(int columns, int most, F&& f) {
+  if (columns <= most) return f(0, columns);
   const int blocks = static_cast<int>(ceil_div(columns, most));
   for (int i = 0, column = 0; i < blocks; ++i) {
     const int width = (columns - column) / (blocks - i);

@@ -45,29 +45,39 @@ S* row_of(const Map& map, int64_t batch, int64_t token_row, int64_t head) {
 }
 
 // Consecutive query rows of one row group, and the key rows that their windows cover.
-struct RowBlock {
-  const Axis& axis;
-  int64_t group, begin;
-  int count;
-  int64_t low, high;  // key places
+class RowBlock {
+ public:
+  static constexpr int kMostRows = 4;
 
   RowBlock(const Axis& axis, int64_t group, int64_t begin, int64_t end, int most)
-      : axis(axis), group(group), begin(begin), count(static_cast<int>(min_of(most, end - begin))) {
-    const int64_t last = begin + count - 1;
-    low = window_start(axis, group, begin);
-    high = window_start(axis, group, last) + window_limit(axis, group, last);
+      : begin(begin), count(static_cast<int>(min_of(most, end - begin))), kernel_(axis.kernel) {
+    for (int r = 0; r < count; ++r) {  // here, since each of these divides by the dilation
+      start_[r] = window_start(axis, group, begin + r);
+      limit_[r] = window_limit(axis, group, begin + r);
+    }
+    low = start_[0];
+    high = start_[count - 1] + limit_[count - 1];
   }
-  int64_t start(int r) const { return window_start(axis, group, begin + r); }
-  int64_t limit(int r) const { return window_limit(axis, group, begin + r); }
+
+  const int64_t begin;
+  const int count;
+  int64_t low, high;  // key places
+
+  int64_t start(int r) const { return start_[r]; }
+  int64_t limit(int r) const { return limit_[r]; }
   // Bias row of the first window row of query row r.
-  int64_t bias(int r) const { return start(r) - (begin + r) + axis.kernel - 1; }
+  int64_t bias(int r) const { return start_[r] - (begin + r) + kernel_ - 1; }
   // Query rows [first, last) have key row `place` in their windows.
   void viewers(int64_t place, int* first, int* last) const {
     *first = 0;
-    while (start(*first) + axis.kernel <= place) ++*first;
+    while (start_[*first] + kernel_ <= place) ++*first;
     *last = count;
-    while (start(*last - 1) > place) --*last;
+    while (start_[*last - 1] > place) --*last;
   }
+
+ private:
+  const int64_t kernel_;
+  int64_t start_[kMostRows], limit_[kMostRows];
 };
 
 // The values of one query row of a tile: [window row][window column][lanes], `step` apart. Real keys come first on
