@@ -118,7 +118,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/shapes_comparison"), help="the shapes; made if absent")
     parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/swap_comparison"))
-    parser.add_argument("--iterations", type=int, default=1500, help="of 8 pictures each (default: 1500)")
+    parser.add_argument("--iterations", type=int, default=1500, help="of 4 pictures each (default: 1500)")
     parser.add_argument("--pictures", type=int, default=1600, help="to train on (default: 1600)")
     parser.add_argument("--size", type=int, default=128, help="of the pictures in pixels (default: 128)")
     return parser.parse_args()
