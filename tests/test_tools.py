@@ -184,7 +184,8 @@ def test_options_reach_the_config(tmp_path, capsys):
         (["mmpose::x/y.py"], "unknown library 'mmpose'"),
         ([DETECTOR, "--cfg-options", "train_dataloder.batch_size=1"], "Did you mean 'train_dataloader'?"),
         ([DETECTOR, "--cfg-options", "model.backbone.arch=tinny"], "arch='tinny'"),
-        ([DETECTOR, "--launcher", "pytorch"], "one process per GPU"),
+        ([DETECTOR, "--launcher", "pytorch"], "start the processes with tools/dist_train.sh"),
+        ([DETECTOR, "--launcher", "slurm"], "one process per GPU"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, capsys):

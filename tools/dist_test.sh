@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Evaluates on several GPUs of one machine, or of several with NNODES, NODE_RANK, MASTER_ADDR and PORT set on each.
-# Usage: tools/dist_test.sh CONFIG CHECKPOINT GPUS [options of test.py]
+# Evaluates in several processes: one a GPU, or as many as you like without GPUs. On several machines with NNODES,
+# NODE_RANK, MASTER_ADDR and PORT set on each.
+# Usage: tools/dist_test.sh CONFIG CHECKPOINT PROCESSES [options of test.py]
 set -euo pipefail
-if [ $# -lt 3 ]; then sed -n 3p "$0" >&2; exit 2; fi
-config=$1 checkpoint=$2 gpus=$3
+if [ $# -lt 3 ]; then sed -n 4p "$0" >&2; exit 2; fi
+config=$1 checkpoint=$2 processes=$3
 shift 3
 
-torchrun --nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}" --nproc_per_node="$gpus" \
+torchrun --nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}" --nproc_per_node="$processes" \
     --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${PORT:-29500}" \
     "$(dirname "$0")/test.py" "$config" "$checkpoint" --launcher pytorch "$@"

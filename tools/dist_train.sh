@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Trains on several GPUs of one machine, or of several with NNODES, NODE_RANK, MASTER_ADDR and PORT set on each.
-# Usage: tools/dist_train.sh CONFIG GPUS [options of train.py]
+# Trains in several processes: one a GPU, or as many as you like without GPUs. On several machines with NNODES,
+# NODE_RANK, MASTER_ADDR and PORT set on each.
+# Usage: tools/dist_train.sh CONFIG PROCESSES [options of train.py]
 set -euo pipefail
-if [ $# -lt 2 ]; then sed -n 3p "$0" >&2; exit 2; fi
-config=$1 gpus=$2
+if [ $# -lt 2 ]; then sed -n 4p "$0" >&2; exit 2; fi
+config=$1 processes=$2
 shift 2
 
-torchrun --nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}" --nproc_per_node="$gpus" \
+torchrun --nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}" --nproc_per_node="$processes" \
     --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${PORT:-29500}" \
     "$(dirname "$0")/train.py" "$config" --launcher pytorch "$@"

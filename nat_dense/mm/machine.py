@@ -7,6 +7,8 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.device import get_device
 
+from nat_dense.mm.processes import use_cpus
+
 AMP_DEVICES = ("cuda", "npu", "mlu", "musa")
 """The devices on which MMEngine's AmpOptimWrapper runs; it asserts one of them."""
 
@@ -17,8 +19,9 @@ AMP_ARGUMENTS = ("loss_scale", "dtype", "use_fsdp")
 def fit_to_machine(cfg: Config) -> list[str]:
     """Replaces, in place, what this machine can't run by what does the same work on it.
 
-    Mixed precision without an accelerator, SyncBN in a single process, persistent data workers where there are no
-    workers, and pycocotools' mAP where faster-coco-eval is installed (the same numbers, sooner).
+    Mixed precision without an accelerator, SyncBN in a single process or without GPUs, MMEngine's distributed model
+    without GPUs, persistent data workers where there are no workers, and pycocotools' mAP where faster-coco-eval is
+    installed (the same numbers, sooner).
 
     Args:
         cfg: the config; changed in place.
@@ -27,16 +30,21 @@ def fit_to_machine(cfg: Config) -> list[str]:
         One sentence for each replacement.
 
     Raises:
-        ValueError: a distributed launcher is asked for on a machine without a GPU.
+        ValueError: on a machine without a GPU, slurm is to launch, or torchrun hasn't launched.
     """
     device = get_device()
     launcher = cfg.get("launcher", "none")
-    if launcher != "none" and device not in AMP_DEVICES:
-        raise ValueError(
-            f"launcher {launcher!r} runs one process per GPU and this machine has none; leave --launcher out to train "
-            "on the CPU."
-        )
     notices = []
+    if launcher != "none" and device not in AMP_DEVICES:
+        if launcher != "pytorch":
+            raise ValueError(
+                f"launcher {launcher!r} runs one process per GPU and this machine has none; use tools/dist_train.sh "
+                "for several processes on the CPU, or leave --launcher out for one."
+            )
+        use_cpus(cfg)
+        notices.append("No GPU: each process trains on the CPU, and they exchange gradients by gloo.")
+        if replace_sync_norms(cfg.get("model", {})):
+            notices.append("No GPU: SyncBN is replaced by BN, whose statistics are each process's own.")
     wrapper = cfg.get("optim_wrapper", {})
     if wrapper.get("type") == "AmpOptimWrapper" and device not in AMP_DEVICES:
         wrapper["type"] = "OptimWrapper"

@@ -8,6 +8,7 @@ from torch import nn
 from nat_dense.mm import machine
 from nat_dense.mm.config import load_config
 from nat_dense.mm.machine import fit_to_machine
+from nat_dense.mm.processes import VARIABLES
 from tests.mm.small import DETECTOR, SEGMENTOR
 
 
@@ -51,10 +52,25 @@ def test_sync_batch_norm_of_several_processes_stays(device):
     assert cfg.model.decode_head.norm_cfg.type == "SyncBN"
 
 
-def test_a_launcher_needs_gpus(device):
+def test_slurm_needs_gpus(device):
     device("cpu")
     with pytest.raises(ValueError, match="launcher 'slurm' runs one process per GPU"):
         fit_to_machine(Config(dict(launcher="slurm")))
+
+
+def test_several_processes_without_gpus(device, monkeypatch):
+    device("cpu")
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "1")
+    cfg = load_config(SEGMENTOR, {"launcher": "pytorch"})
+    cfg.find_unused_parameters = True
+    notices = fit_to_machine(cfg)
+    assert any("exchange gradients by gloo" in notice for notice in notices)
+    assert any("each process's own" in notice for notice in notices)
+    assert cfg.model.decode_head.norm_cfg.type == "BN"
+    assert cfg.model_wrapper_cfg == dict(
+        type="CPUDistributedDataParallel", broadcast_buffers=False, find_unused_parameters=True
+    )
 
 
 def test_persistent_workers_without_workers(device):

@@ -1,0 +1,46 @@
+"""Several processes without GPUs. MMEngine's own way into a process group names a CUDA device for each."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.model import MMDistributedDataParallel
+from mmengine.registry import MODEL_WRAPPERS
+
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun tells each process."""
+
+
+@MODEL_WRAPPERS.register_module()
+class CPUDistributedDataParallel(MMDistributedDataParallel):
+    """MMEngine's wrapper for a model on the CPU, which has no device to name."""
+
+    def __init__(self, module: torch.nn.Module, device_ids: list[int] | None = None, **settings: Any):
+        super().__init__(module=module, **settings)
+
+
+def use_cpus(cfg: Config) -> None:
+    """Makes a config's processes train on the CPU; changes it in place.
+
+    Raises:
+        ValueError: this process was not started by torchrun.
+    """
+    missing = [name for name in VARIABLES if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"launcher 'pytorch' without {', '.join(missing)} in the environment: start the processes with "
+            "tools/dist_train.sh or tools/dist_test.sh, or leave --launcher out for a single one."
+        )
+    # What MMEngine passes where the config has nothing.
+    settings = dict(broadcast_buffers=False, find_unused_parameters=bool(cfg.get("find_unused_parameters")))
+    settings = dict(cfg.get("model_wrapper_cfg") or settings)
+    cfg.model_wrapper_cfg = settings | dict(type=CPUDistributedDataParallel.__name__)
+
+
+def join() -> None:
+    """Enters the process group of torchrun's processes, which MMEngine then finds. Waits for the others."""
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")

@@ -1,0 +1,76 @@
+"""tools/dist_train.sh and tools/dist_test.sh with two processes on the CPU."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nat_dense.checkpoints import read
+from tests.mm.small import DETECTOR, REPOSITORY, SEGMENTOR, ade_options, coco_options, write_ade, write_coco
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the processes would want one each"),
+]
+
+
+def launch(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Runs one of the shell scripts in this environment, on a port that is free."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", str(REPOSITORY / "tools" / script), *arguments],
+        env=os.environ | dict(PATH=path, PORT=str(port), PYTHONPATH=str(REPOSITORY), OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def scalars(work_dir: Path) -> list[dict]:
+    (file,) = work_dir.glob("*/vis_data/scalars.json")  # one process logs
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_two_processes_train_and_evaluate_a_segmentor(tmp_path):
+    options = ade_options(write_ade(tmp_path / "ade", train=4, val=3))
+    run = launch("dist_train.sh", SEGMENTOR, "2", "--work-dir", str(tmp_path / "run"), "--cfg-options", *options)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("exchange gradients by gloo") == 1
+    lines = scalars(tmp_path / "run")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+    (trained,) = [line for line in lines if "mIoU" in line]
+
+    checkpoint = str(tmp_path / "run" / "iter_2.pth")
+    assert not any(name.startswith("module.") for name in read(checkpoint).tensors)
+    arguments = ["--work-dir", str(tmp_path / "test"), "--cfg-options", *options]
+    test = launch("dist_test.sh", SEGMENTOR, checkpoint, "2", *arguments)
+    assert test.returncode == 0, test.stderr[-3000:]
+    (file,) = (tmp_path / "test").glob("*/*.json")
+    tested = json.loads(file.read_text())
+    # Three pictures in two processes: one of the four is a repetition, which the metric leaves out.
+    assert tested["mIoU"] == trained["mIoU"]
+
+
+def test_two_processes_share_the_pictures_of_a_detector(tmp_path):
+    options = [*coco_options(write_coco(tmp_path / "coco", train=4, val=3)), "train_dataloader.batch_size=1"]
+    run = launch("dist_train.sh", DETECTOR, "2", "--work-dir", str(tmp_path / "run"), "--cfg-options", *options)
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = scalars(tmp_path / "run")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]  # four pictures, two at a time
+    assert [line["step"] for line in lines if "coco/bbox_mAP" in line] == [1]
+
+
+def test_a_mistake_stops_all_processes(tmp_path):
+    options = ["model.backbone.arch=tinny"]
+    run = launch("dist_train.sh", SEGMENTOR, "2", "--work-dir", str(tmp_path / "run"), "--cfg-options", *options)
+    assert run.returncode != 0
+    assert "arch='tinny'" in run.stderr
+    assert not (tmp_path / "run").exists()
