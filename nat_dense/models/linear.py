@@ -57,14 +57,14 @@ class _Linear(torch.autograd.Function):
         grad_x = linear(grad, weight.t(), None) if needs_x else None
         if not needs_weight:
             return grad_x, None, grad.flatten(0, -2).sum(0) if needs_bias else None
-        return grad_x, *_parameter_gradients(x, weight, grad, needs_bias)
+        return grad_x, *parameter_gradients(x, weight, grad, needs_bias)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def _parameter_gradients(x: Tensor, weight: Tensor, grad: Tensor, needs_bias: bool) -> tuple[Tensor, Tensor | None]:
+def parameter_gradients(x: Tensor, weight: Tensor, grad: Tensor, needs_bias: bool) -> tuple[Tensor, Tensor | None]:
     """Of the weight and the bias.
 
     For many tokens as those of a convolution of one pixel: oneDNN's own product would lay out both operands anew, for
