@@ -171,7 +171,7 @@ class Layer(GradientCheckpointingLayer):
     def forward(self, tokens: Tensor, output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
         """[B, H, W, C] -> the same, and the attention weights where they are asked for."""
         attended, weights = self.attention(self.layernorm_before(tokens), output_attentions)
-        return in_runs(self._add_branches, tokens, attended, training=self.training), weights
+        return in_runs(self._add_branches, tokens, attended, whole=self.drop_path.training), weights
 
     def _add_branches(self, tokens: Tensor, attended: Tensor) -> Tensor:
         scales = (None, None) if self.layer_scale_parameters is None else self.layer_scale_parameters.unbind()

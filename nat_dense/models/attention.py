@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from nat_dense.models.linear import Linear
-from nat_dense.ops import na2d, na2d_rows, reference
+from nat_dense.ops import na2d, reference
 from nat_dense.ops.backends import check_name
+from nat_dense.ops.functional import na2d_rows
 from nat_dense.ops.problem import completed_size
 
 

@@ -38,20 +38,24 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
         rows = rows_in_a_band(x, self.attn.kernel_size * self.attn.dilation)
-        if rows and not self.training:
+        samples = self.drop_path.training  # which looks at whole samples
+        if rows and not samples:
             return self._in_bands(x, rows)
-        return in_runs(self._add_branches, x, self.attn(self.norm1(x)), training=self.training)
+        return in_runs(self._add_branches, x, self.attn(self.norm1(x)), whole=samples)
 
     def _in_bands(self, x: Tensor, rows: int) -> Tensor:
         """All of the block for a band of rows before the next one: what lies between x and the output stays in the
         cache. The rows that the windows of two bands share are projected for both."""
-        out = torch.empty_like(x)
-        for image, place in zip(x.split(1), out.split(1), strict=True):
+        out = x  # until the first band tells the dtype, which under autocast need not be that of x
+        for i, image in enumerate(x.split(1)):
             for first in range(0, x.shape[1], rows):
                 last = min(first + rows, x.shape[1])
                 low, high = rows_seen(first, last, x.shape[1], self.attn.kernel_size, self.attn.dilation)
                 attended = self.attn(self.norm1(image[:, low:high]), rows=(first - low, last - low))
-                place[:, first:last] = self._add_branches(image[:, first:last], attended)
+                band = self._add_branches(image[:, first:last], attended)
+                if out is x:
+                    out = band.new_empty(x.shape)
+                out[i : i + 1, first:last] = band
         return out
 
     def _add_branches(self, x: Tensor, attended: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ MIN_RUN = 512
 """Tokens in the shortest run: fewer would cost the matrix products more than the cache gives."""
 
 
-def in_runs(function: Callable[..., Tensor], *maps: Tensor, training: bool) -> Tensor:
+def in_runs(function: Callable[..., Tensor], *maps: Tensor, whole: bool) -> Tensor:
     """`function(*maps)` for a function that works on each token alone.
 
     In CPU inference it is called on runs of tokens, [tokens, C], and the results are put together: the intermediate
@@ -36,11 +36,11 @@ def in_runs(function: Callable[..., Tensor], *maps: Tensor, training: bool) -> T
     Args:
         function: Takes as many tensors [..., C_i] as there are maps, returns [..., C].
         maps: [B, H, W, C_i] each.
-        training: Whether the function's modules are in training mode: stochastic depth looks at whole samples.
+        whole: Whether it must be called once all the same: stochastic depth in training looks at whole samples.
     """
     first = maps[0]
     step = max(MIN_RUN, RUN_BYTES // (first.shape[-1] * first.element_size()))
-    if training or not _may_be_split(first) or first.shape[:-1].numel() <= step:
+    if whole or not _may_be_split(first) or first.shape[:-1].numel() <= step:
         return function(*maps)
     runs = zip(*(m.flatten(0, -2).split(step) for m in maps), strict=True)
     start = function(*next(runs))
@@ -59,11 +59,13 @@ def rows_in_a_band(x: Tensor, window: int) -> int:
         x: [B, H, W, C].
         window: Side of the dilated window in rows.
     """
+    # First: what is asked of a traced map's sides would bind the program to the answer.
+    if not _may_be_split(x) or x.shape[0] == 0:
+        return 0
     _, height, width, dim = x.shape
     row_bytes = width * 3 * dim * x.element_size()  # of the projection
     rows = max(1, BAND_BYTES // row_bytes)
-    worth_it = rows >= window and height >= MIN_BANDS * rows and width >= window
-    return rows if worth_it and _may_be_split(x) else 0
+    return rows if rows >= window and height >= MIN_BANDS * rows and width >= window else 0
 
 
 def rows_seen(first: int, last: int, height: int, kernel_size: int, dilation: int) -> tuple[int, int]:
@@ -130,9 +132,10 @@ def channels_last(image: Tensor) -> Tensor:
     """[B, C, H, W], laid out as [B, H, W, C].
 
     A convolution keeps the layout of its input, and tokens have this one: the first map, which is the largest of all,
-    need not be laid out anew. On a CPU that takes the tokenizer to a third of the time.
+    need not be laid out anew. On a CPU that takes the tokenizer to a third of the time. Transforms of `torch.func` know
+    no layouts.
     """
-    return image.contiguous(memory_format=torch.channels_last)
+    return image if is_transformed() else image.contiguous(memory_format=torch.channels_last)
 
 
 class ConvTokenizer(nn.Module):

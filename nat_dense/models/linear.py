@@ -56,7 +56,7 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         grad_x = linear(grad, weight.t(), None) if needs_x else None
         if not needs_weight:
-            return grad_x, None, grad.flatten(0, -2).sum(0) if needs_bias else None
+            return grad_x, None, _tokens(grad).sum(0) if needs_bias else None
         return grad_x, *parameter_gradients(x, weight, grad, needs_bias)
 
 
@@ -69,12 +69,13 @@ def parameter_gradients(x: Tensor, weight: Tensor, grad: Tensor, needs_bias: boo
 
     For many tokens as those of a convolution of one pixel: oneDNN's own product would lay out both operands anew, for
     it sums over what varies slowest in memory; its convolution lays out the result only. A kernel of one pixel has no
-    dilation, but one that says so is what torch hands to oneDNN on any number of threads.
+    dilation, but one that says so is what torch hands to oneDNN on any number of threads (but for tensors of some 20,000
+    numbers or less).
     """
     if x.shape[:-1].numel() <= min(weight.shape):
-        tokens = grad.flatten(0, -2)
-        return linear(tokens.t(), x.flatten(0, -2).t(), None), tokens.sum(0) if needs_bias else None
-    x, grad = (t if t.dim() == 4 else t.flatten(0, -2)[None, None] for t in (x, grad))
+        tokens = _tokens(grad)
+        return linear(tokens.t(), _tokens(x).t(), None), tokens.sum(0) if needs_bias else None
+    x, grad = (t if t.dim() == 4 else _tokens(t)[None, None] for t in (x, grad))
     found = torch.ops.aten.convolution_backward(
         grad.permute(0, 3, 1, 2),
         x.permute(0, 3, 1, 2),
@@ -89,6 +90,11 @@ def parameter_gradients(x: Tensor, weight: Tensor, grad: Tensor, needs_bias: boo
         output_mask=[False, True, needs_bias],
     )
     return found[1][:, :, 0, 0], found[2]
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """[..., C] -> [tokens, C]; a reshape, which gradients in batches know, unlike flatten."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:

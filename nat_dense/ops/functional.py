@@ -90,7 +90,7 @@ def na2d_rows(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Some rows of what `na2d` returns, for maps that come band by band. Without gradients.
+    """Some rows of what `na2d` returns, for models that take their maps band by band. Without gradients or autocast.
 
     Args:
         query, key, value, kernel_size, dilation, rpb, scale, backend: As in `na2d`.
@@ -110,7 +110,8 @@ def na2d_rows(
     backends.check_name(backend)
     if not 0 <= rows[0] < rows[1] <= query.shape[1]:
         raise ValueError(f"rows={rows}: expected first < last in a map of {query.shape[1]} rows")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, rpb)):
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, rpb))
+    if needs_grad or is_transformed():
         raise RuntimeError("na2d_rows has no gradient: call na2d, or use torch.no_grad()")
     return torch.ops.nat_dense.na2d_rows(
         query, key, value, rpb, list(kernel_size), list(dilation), scale, list(rows), backend
@@ -228,6 +229,8 @@ def _na2d_fake(query, key, value, rpb, pad_key, pad_value, kernel_size, dilation
 
 @torch.library.impl("nat_dense::na2d_rows", "CompositeExplicitAutograd")
 def _na2d_rows(query, key, value, rpb, kernel_size, dilation, scale, rows, backend):
+    if query.numel() == 0:
+        return query[:, slice(*rows)].clone()
     tensors = (query, key, value, rpb, None, None)
     out, _ = _run("forward", tensors, rpb, kernel_size, dilation, scale, backend, False, tuple(rows))
     return out[:, slice(*rows)]

@@ -271,3 +271,35 @@ def test_rows_seen_hold_every_window(kernel_size, dilation):
                         start = min(max(place - kernel_size // 2, 0), members - kernel_size)
                         windows.append(offset + group + start * dilation)
                     assert windows[0] == windows[1], (height, first, last, row)
+
+
+def test_exported_for_open_sizes_without_a_bound():
+    """A map's size may choose bands in eager mode; a program must not be bound to the choice."""
+    model = NAT(embed_dim=64, depths=[1], num_heads=[2], out_indices=(0,)).eval()
+    sides = {2: torch.export.Dim("height", min=32), 3: torch.export.Dim("width", min=32)}
+    with torch.no_grad():
+        program = torch.export.export(model, (torch.randn(1, 3, 64, 96),), dynamic_shapes=(sides,), strict=False)
+        image = torch.randn(1, 3, 520, 1400)
+        torch.testing.assert_close(program.module()(image), model(image), rtol=1e-4, atol=1e-5)
+
+
+def test_transforms_reach_through_a_model():
+    model = NAT(**SMALL).eval()
+    images = torch.randn(2, 3, 40, 36)
+    with torch.no_grad():
+        found = torch.func.vmap(lambda image: model(image[None])[0][0])(images)
+        torch.testing.assert_close(found, model(images)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_bands_keep_the_dtype_under_autocast(batch, monkeypatch):
+    """Layer scale in float32 promotes what autocast lowers."""
+    block = NAT(embed_dim=32, depths=[1], num_heads=[1], layer_scale=0.5, out_indices=(0,)).eval().stages[0].blocks[0]
+    tokens = torch.randn(batch, 60, 50, 32).bfloat16()
+    outputs = []
+    for band in (1 << 30, 150_000):
+        monkeypatch.setattr(layers, "BAND_BYTES", band)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs.append(block(tokens))
+    assert outputs[0].dtype == outputs[1].dtype
+    torch.testing.assert_close(*outputs, rtol=2e-2, atol=2e-2)

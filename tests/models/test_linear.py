@@ -122,3 +122,13 @@ def test_compiles_without_a_break():
     x = torch.randn(3, 16)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("shape", [(5, 16), (90, 16), (4, 5, 6, 16)])
+def test_gradients_in_batches(shape):
+    leaves = operands(*shape)
+    grads = torch.randn(3, *shape[:-1], 24)
+    found = torch.autograd.grad(linear(*leaves), leaves, grads, is_grads_batched=True)
+    expected = torch.autograd.grad(F.linear(*leaves), leaves, grads, is_grads_batched=True)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

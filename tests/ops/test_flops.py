@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from nat_dense.ops import flops, na2d, na2d_rows
+from nat_dense.ops import flops, na2d
+from nat_dense.ops.functional import na2d_rows
 
 
 def attention_by_matmul(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

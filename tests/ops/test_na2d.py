@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nat_dense.ops import backend_report, backends, na2d, na2d_rows
+from nat_dense.ops import backend_report, backends, na2d
+from nat_dense.ops.functional import na2d_rows
 from nat_dense.ops.problem import Problem
 from tests.ops.cases import CASES, Case
 

@@ -171,6 +171,7 @@ void score(const RowBlock& block, const Tile& tile, const typename V::scalar* x,
            const Ring<typename V::scalar>& keys, int64_t key_step, int64_t dim, const Bias<V>* bias,
            typename V::scalar* out, int64_t out_row, int64_t out_step, int64_t kernel_columns, Ahead& ahead,
            int64_t token_bytes) {
+  static_assert(V::kRows <= RowBlock::kMostRows);
   Dot<V> a;
   a.x_step = x_step;
   a.y_step = key_step;
