@@ -69,8 +69,7 @@ def parameter_gradients(x: Tensor, weight: Tensor, grad: Tensor, needs_bias: boo
 
     For many tokens as those of a convolution of one pixel: oneDNN's own product would lay out both operands anew, for
     it sums over what varies slowest in memory; its convolution lays out the result only. A kernel of one pixel has no
-    dilation, but one that says so is what torch hands to oneDNN on any number of threads (but for tensors of some 20,000
-    numbers or less).
+    dilation, but one that says so is what torch hands to oneDNN on any number of threads, unless it is very small.
     """
     if x.shape[:-1].numel() <= min(weight.shape):
         tokens = _tokens(grad)
