@@ -24,7 +24,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-# Models with a language model fetch it when they are built; nothing is downloaded here. Read when first imported.
+# Detectors with a text encoder fetch it when they are built; here nothing is downloaded. huggingface_hub reads this
+# when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch

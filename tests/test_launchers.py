@@ -18,6 +18,7 @@ from tests.mm.small import (
     ade_options,
     coco_options,
     load_tool,
+    scalars,
     write_ade,
     write_coco,
 )
@@ -41,11 +42,6 @@ def launch(script: str, *arguments: str) -> subprocess.CompletedProcess:
         text=True,
         timeout=300,
     )
-
-
-def scalars(work_dir: Path) -> list[dict]:
-    (file,) = work_dir.glob("*/vis_data/scalars.json")  # one process logs
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def test_two_processes_train_and_evaluate_a_segmentor(tmp_path):

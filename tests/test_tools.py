@@ -1,9 +1,7 @@
 """tools/train.py and tools/test.py through their command lines, in this process, on small data."""
 
-import json
 import math
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,16 +9,19 @@ import torch
 from PIL import Image
 
 from nat_dense.checkpoints import read
-from tests.mm.small import DETECTOR, SEGMENTOR, ade_options, coco_options, load_tool, write_ade, write_coco
+from tests.mm.small import (
+    DETECTOR,
+    SEGMENTOR,
+    ade_options,
+    coco_options,
+    load_tool,
+    scalars,
+    write_ade,
+    write_coco,
+)
 
 train = load_tool("train").main
 evaluate = load_tool("test").main
-
-
-def scalars(work_dir: Path) -> list[dict]:
-    """What the run logged, oldest first."""
-    (file,) = work_dir.glob("*/vis_data/scalars.json")
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

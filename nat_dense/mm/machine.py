@@ -36,7 +36,7 @@ def fit_to_machine(cfg: Config) -> list[str]:
     launcher = cfg.get("launcher", "none")
     notices = []
     if launcher != "none" and device not in AMP_DEVICES:
-        if launcher != "pytorch":
+        if launcher != "pytorch" or device != "cpu":
             raise ValueError(
                 f"launcher {launcher!r} runs one process per GPU and this machine has none; use tools/dist_train.sh "
                 "for several processes on the CPU, or leave --launcher out for one."

@@ -40,7 +40,8 @@ def use_cpus(cfg: Config) -> None:
     cfg.model_wrapper_cfg = settings | dict(type=CPUDistributedDataParallel.__name__)
 
 
-def join() -> None:
-    """Enters the process group of torchrun's processes, which MMEngine then finds. Waits for the others."""
-    if not torch.distributed.is_initialized():
+def join_on_cpus(cfg: Config) -> None:
+    """Where `use_cpus` was called, enters the process group, which MMEngine then finds. Waits for the others."""
+    wrapper = (cfg.get("model_wrapper_cfg") or {}).get("type")
+    if wrapper == CPUDistributedDataParallel.__name__ and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmengine.config import Config
-from mmengine.device import get_device
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
@@ -17,7 +16,7 @@ from nat_dense.mm.data_checks import check_data
 from nat_dense.mm.machine import fit_to_machine
 from nat_dense.mm.model_checks import check_model
 from nat_dense.mm.options import enable_tta
-from nat_dense.mm.processes import join
+from nat_dense.mm.processes import join_on_cpus
 
 LOADERS = {"train": ("train_dataloader", "val_dataloader"), "test": ("test_dataloader",)}
 
@@ -64,8 +63,7 @@ def build_runner(
             print(f"note: {notice}", flush=True)
     cfg = _spare_config_file(cfg)
     _name_visualizer(cfg)
-    if cfg.get("launcher") == "pytorch" and get_device() == "cpu":
-        join()
+    join_on_cpus(cfg)
     runner: Any = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
     runner.register_hook(DropEmbeddedConfig())
     return runner

@@ -78,21 +78,21 @@ class NeighborhoodAttention2D(nn.Module):
         if rows is not None:
             window = self.kernel_size, self.dilation
             out = na2d_rows(query, key, value, *window, self.rpb, self.scale, rows, backend=self.backend)
-            return self.proj_drop(self.proj(out.flatten(-2)))
-        _, key_bias, value_bias = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
-        out = attend(
-            query,
-            key,
-            value,
-            self.kernel_size,
-            self.dilation,
-            self.rpb,
-            self.scale,
-            key_bias=key_bias,
-            value_bias=value_bias,
-            dropout=self.attn_drop if self.training else 0.0,
-            backend=self.backend,
-        )
+        else:
+            _, key_bias, value_bias = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
+            out = attend(
+                query,
+                key,
+                value,
+                self.kernel_size,
+                self.dilation,
+                self.rpb,
+                self.scale,
+                key_bias=key_bias,
+                value_bias=value_bias,
+                dropout=self.attn_drop if self.training else 0.0,
+                backend=self.backend,
+            )
         return self.proj_drop(self.proj(out.flatten(-2)))
 
     def extra_repr(self) -> str:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nat_dense.models import variants
 from nat_dense.models.attention import NeighborhoodAttention2D
-from nat_dense.models.layers import DropPath, Mlp, in_runs, rows_in_a_band, rows_seen, scaled
+from nat_dense.models.layers import DropPath, Mlp, in_runs, put_together, rows_in_a_band, rows_seen, scaled
 
 Dilations = str | Sequence[Sequence[int]] | None
 
@@ -40,23 +40,18 @@ class Block(nn.Module):
         rows = rows_in_a_band(x, self.attn.kernel_size * self.attn.dilation)
         samples = self.drop_path.training  # which looks at whole samples
         if rows and not samples:
-            return self._in_bands(x, rows)
+            return put_together(self._bands(x, rows), x.shape[:-1])
         return in_runs(self._add_branches, x, self.attn(self.norm1(x)), whole=samples)
 
-    def _in_bands(self, x: Tensor, rows: int) -> Tensor:
+    def _bands(self, x: Tensor, rows: int) -> Iterator[Tensor]:
         """All of the block for a band of rows before the next one: what lies between x and the output stays in the
         cache. The rows that the windows of two bands share are projected for both."""
-        out = x  # until the first band tells the dtype, which under autocast need not be that of x
-        for i, image in enumerate(x.split(1)):
+        for image in x.split(1):
             for first in range(0, x.shape[1], rows):
                 last = min(first + rows, x.shape[1])
                 low, high = rows_seen(first, last, x.shape[1], self.attn.kernel_size, self.attn.dilation)
                 attended = self.attn(self.norm1(image[:, low:high]), rows=(first - low, last - low))
-                band = self._add_branches(image[:, first:last], attended)
-                if out is x:
-                    out = band.new_empty(x.shape)
-                out[i : i + 1, first:last] = band
-        return out
+                yield self._add_branches(image[:, first:last], attended)
 
     def _add_branches(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.drop_path(scaled(attended, self.gamma1))

@@ -5,7 +5,8 @@ Parameter names are those of the released checkpoints, which makes them public A
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +18,14 @@ from nat_dense.ops.functional import is_transformed
 RUN_BYTES = 1 << 20
 """Tokens are taken in runs of about this many bytes, so that what a run makes of them stays in the CPU's cache."""
 
+MIN_RUN = 512
+"""Tokens in the shortest run: fewer would cost the matrix products more than the cache gives."""
+
 BAND_BYTES = 8 << 20
 """Rows of a map are taken in bands whose projection to query, key and value has about this many bytes."""
 
 MIN_BANDS = 4
 """Below this many bands the projection may well stay in the last cache as a whole."""
-
-MIN_RUN = 512
-"""Tokens in the shortest run: fewer would cost the matrix products more than the cache gives."""
 
 
 def in_runs(function: Callable[..., Tensor], *maps: Tensor, whole: bool) -> Tensor:
@@ -43,12 +44,17 @@ def in_runs(function: Callable[..., Tensor], *maps: Tensor, whole: bool) -> Tens
     if whole or not _may_be_split(first) or first.shape[:-1].numel() <= step:
         return function(*maps)
     runs = zip(*(m.flatten(0, -2).split(step) for m in maps), strict=True)
-    start = function(*next(runs))
-    out = start.new_empty(*first.shape[:-1], start.shape[-1])
-    places = iter(out.flatten(0, -2).split(step))
-    next(places).copy_(start)
-    for run, place in zip(runs, places, strict=True):
-        place.copy_(function(*run))
+    return put_together((function(*run) for run in runs), first.shape[:-1])
+
+
+def put_together(parts: Iterator[Tensor], shape: Sequence[int]) -> Tensor:
+    """Consecutive tokens [..., C] as one map [*shape, C], each part copied before the next one is computed."""
+    first = next(parts)
+    out = first.new_empty(*shape, first.shape[-1])  # only now: under autocast the dtype need not be that of the input
+    tokens, done = out.flatten(0, -2), 0
+    for part in itertools.chain([first], parts):
+        tokens[done : done + part.shape[:-1].numel()] = part.flatten(0, -2)
+        done += part.shape[:-1].numel()
     return out
 
 

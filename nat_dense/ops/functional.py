@@ -191,8 +191,6 @@ torch.library.define(
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_rpb, Tensor grad_pad_key, "
     "Tensor grad_pad_value)",
 )
-
-
 torch.library.define(
     "nat_dense::na2d_rows",
     "(Tensor query, Tensor key, Tensor value, Tensor? rpb, int[2] kernel_size, int[2] dilation, float scale, "

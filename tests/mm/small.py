@@ -28,6 +28,12 @@ def load_tool(name: str) -> ModuleType:
     return module
 
 
+def scalars(work_dir: Path) -> list[dict]:
+    """What a run logged, oldest first; of several processes one logs."""
+    (file,) = work_dir.glob("*/vis_data/scalars.json")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def parse_options(options: list[str]) -> dict:
     """What `--cfg-options` makes of KEY=VALUE strings."""
     return {key: DictAction._parse_iterable(value) for key, value in (option.split("=", 1) for option in options)}

@@ -193,6 +193,11 @@ def test_rows_outside_the_map_are_refused(rows):
         na2d_rows(*torch.zeros(3, 1, 9, 9, 2, 8), 3, 1, None, 1.0, rows)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_an_empty_batch(backend):
+    assert na2d_rows(*torch.zeros(3, 0, 9, 9, 2, 8), 3, 1, None, 1.0, (2, 6), backend=backend).shape == (0, 4, 9, 2, 8)
+
+
 def test_rows_would_lose_gradients():
     maps = torch.zeros(3, 1, 9, 9, 2, 8, requires_grad=True)
     with pytest.raises(RuntimeError, match="na2d_rows has no gradient"):

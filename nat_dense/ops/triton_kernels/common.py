@@ -130,7 +130,8 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def bias_table(bias, head, KERNEL: tl.constexpr, BINS: tl.constexpr):
-    """A head's biases [BINS rows * BINS columns] with BINS columns a row.
+    """A head's biases [BINS rows * BINS columns] with BINS columns a row. Only with a bias: Triton 3.6 and older refuse
+    functions that may return None.
 
     Held in registers, so that a program looks its biases up in shared memory, in the layout of its products.
     """
