@@ -124,14 +124,18 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0):
         super().__init__()
         self.fc1 = Linear(dim, hidden_dim)
-        self.act = nn.GELU()
         self.fc2 = Linear(hidden_dim, dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.fc1(x)
-        hidden = self.act(hidden) if torch.is_grad_enabled() else torch.ops.aten.gelu_(hidden)
-        return self.drop(self.fc2(self.drop(hidden)))
+        if not torch.is_grad_enabled():
+            out = self.fc2(self.drop(torch.ops.aten.gelu_(hidden)))
+        elif self.training and self.drop.p > 0:
+            out = self.fc2(self.drop(F.gelu(hidden)))
+        else:
+            out = self.fc2(hidden, gelu=True)
+        return self.drop(out)
 
 
 def channels_last(image: Tensor) -> Tensor:

@@ -24,9 +24,9 @@ class Linear(nn.Linear):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features]."""
-        return linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+        """[..., in_features] -> [..., out_features], of x or of its exact GELU."""
+        return (gelu_linear if gelu else linear)(x, self.weight, self.bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -58,6 +58,38 @@ class _Linear(torch.autograd.Function):
         if not needs_weight:
             return grad_x, None, _tokens(grad).sum(0) if needs_bias else None
         return grad_x, *parameter_gradients(x, weight, grad, needs_bias)
+
+
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` of the exact GELU of x, differentiable any number of times.
+
+    In training on oneDNN it keeps x alone and computes the GELU again in the backward pass: an MLP's widest map is kept
+    once and not twice, and less memory is mapped anew at every step, which costs more than the GELU.
+
+    Args:
+        x: [..., in_features].
+        weight: [out_features, in_features].
+        bias: [out_features] or None.
+    """
+    if not (torch.is_grad_enabled() and weight.requires_grad and _suits_onednn(x, weight)):
+        return linear(F.gelu(x), weight, bias)
+    return _GeluLinear.apply(x, weight, bias)
+
+
+class _GeluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(F.gelu(x), weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, _, needs_bias = ctx.needs_input_grad
+        parameters = parameter_gradients(F.gelu(x), weight, grad, needs_bias)
+        if not needs_x:
+            return None, *parameters
+        return torch.ops.aten.gelu_backward(linear(grad, weight.t(), None), x), *parameters
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
