@@ -1,6 +1,6 @@
 """ResNet-50 against NAT-Tiny under three detectors and three segmentors, by the flags of tools/train.py alone.
 
-python benchmarks/swap_comparison.py --data data/shapes --work-dir work_dirs/swap_comparison --iterations 1500
+python benchmarks/swap_comparison.py --iterations 1000 --size 96
 
 The six configs are those of MMDetection and MMSegmentation with the generated shapes as data and a short schedule; each
 is trained twice from random weights, with `--optimizer adamw` and with `--backbone nat-tiny --optimizer adamw`. What
