@@ -58,7 +58,7 @@ def compose(name: str, data: Path, iterations: int) -> Config:
         cfg.test_evaluator.update(boxes)
         _set_classes(cfg.model, len(SEMANTIC_CLASSES) - 1)
         if "roi_head" in cfg.model:
-            # 512 regions are meant for 800x1333 pixels; each costs as much here as a stage of the backbone.
+            # 512 regions a picture are meant for 800x1333 pixels; here they would take longer than all the rest.
             cfg.model.train_cfg.rcnn.sampler.num = 128
             cfg.model.train_cfg.rpn_proposal.max_per_img = 500
             cfg.model.test_cfg.rpn.max_per_img = 250
@@ -97,7 +97,7 @@ def train(config: Path, work_dir: Path, flags: list[str]) -> float:
 
     Raises:
         subprocess.CalledProcessError: The training failed.
-        ValueError: It ended without an evaluation.
+        ValueError: It ended without an evaluation, or nothing was detected in it.
     """
     found = list(_metrics(work_dir))
     if not found:
@@ -105,7 +105,10 @@ def train(config: Path, work_dir: Path, flags: list[str]) -> float:
         subprocess.run([*command, "--seed", "0", *flags], check=True)
         found = list(_metrics(work_dir))
     if not found:
-        raise ValueError(f"{work_dir} holds no evaluation; remove it to train again.")
+        raise ValueError(
+            f"{work_dir} holds no {' or '.join(METRICS)}: the training was cut short, or so short that nothing is "
+            "detected. Remove it to train again."
+        )
     return found[-1]
 
 
