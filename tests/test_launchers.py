@@ -29,19 +29,56 @@ pytestmark = [
 ]
 
 
+ENVIRONMENT = os.environ | dict(
+    PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    PYTHONPATH=str(REPOSITORY),
+    OMP_NUM_THREADS="1",
+)
+
+
 def launch(script: str, *arguments: str) -> subprocess.CompletedProcess:
     """Runs one of the shell scripts in this environment, on a port that is free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
         ["bash", str(REPOSITORY / "tools" / script), *arguments],
-        env=os.environ | dict(PATH=path, PORT=str(port), PYTHONPATH=str(REPOSITORY), OMP_NUM_THREADS="1"),
+        env=ENVIRONMENT | dict(PORT=str(port)),
         capture_output=True,
         text=True,
         timeout=300,
     )
+
+
+LEAVES = """
+import torch
+from pathlib import Path
+from nat_dense.mm.processes import CPUDistributedDataParallel, leave_group
+
+def threads():
+    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+
+def train():
+    torch.distributed.init_process_group("gloo")
+    model = CPUDistributedDataParallel(torch.nn.Linear(4, 4))
+    cycle = [model]  # as a Runner refers to itself through its hooks
+    cycle.append(cycle)
+    model(torch.ones(2, 4)).sum().backward()
+    assert "pt_gloo_runloop" in threads(), threads()
+
+train()
+leave_group()
+assert "pt_gloo_runloop" not in threads(), threads()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the names of threads from /proc")
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    script = tmp_path / "leaves.py"
+    script.write_text(LEAVES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    run = subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
 
 
 def test_two_processes_train_and_evaluate_a_segmentor(tmp_path):

@@ -12,6 +12,7 @@ from mmengine.config import DictAction
 from nat_dense.checkpoints.options import add_trust_option
 from nat_dense.mm.errors import one_line_errors
 from nat_dense.mm.options import set_out, set_show_dir, set_work_dir
+from nat_dense.mm.processes import leave_group
 from nat_dense.mm.runner import build_runner
 from nat_dense.mm.swap.command import add_swap_options, load_swapped
 
@@ -56,3 +57,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 if __name__ == "__main__":
     main()
+    leave_group()

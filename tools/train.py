@@ -13,6 +13,7 @@ from mmengine.config import DictAction
 from nat_dense.checkpoints.options import add_trust_option
 from nat_dense.mm.errors import one_line_errors
 from nat_dense.mm.options import enable_amp, enable_auto_scale_lr, set_randomness, set_resume, set_work_dir
+from nat_dense.mm.processes import leave_group
 from nat_dense.mm.runner import build_runner
 from nat_dense.mm.swap.command import add_swap_options, load_swapped
 
@@ -65,3 +66,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    leave_group()
