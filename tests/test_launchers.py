@@ -118,3 +118,26 @@ def test_a_mistake_stops_all_processes(tmp_path):
     assert run.returncode != 0
     assert "arch='tinny'" in run.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_srun_gets_the_command_of_every_task(tmp_path):
+    """A stand-in for srun says what it was given; Slurm itself is nowhere to be installed."""
+    (tmp_path / "srun").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    (tmp_path / "srun").chmod(0o755)
+    script = str(REPOSITORY / "tools" / "slurm_train.sh")
+    paths = f"{tmp_path}{os.pathsep}{ENVIRONMENT['PATH']}"
+    environment = ENVIRONMENT | dict(PATH=paths, GPUS="2", GPUS_PER_NODE="1", SRUN_ARGS="--time=10 --exclusive")
+    command = ["bash", script, "part", "a job", SEGMENTOR, "--cfg-options", "model.backbone.arch=tiny"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    given = run.stdout.splitlines()
+    assert {"--partition=part", "--job-name=a job", "--ntasks=2", "--ntasks-per-node=1", "--gres=gpu:1"} < set(given)
+    assert {"--time=10", "--exclusive"} < set(given)
+    task = given[given.index("python") :]
+    assert task[:2] == ["python", "-u"]
+    assert Path(task[2]).samefile(REPOSITORY / "tools" / "train.py")
+    assert task[3:] == [SEGMENTOR, "--launcher", "slurm", "--cfg-options", "model.backbone.arch=tiny"]
+
+    usage = subprocess.run(["bash", script, "part"], env=environment, capture_output=True, text=True, timeout=60)
+    assert usage.returncode == 2
+    assert "PARTITION JOB_NAME CONFIG" in usage.stderr
