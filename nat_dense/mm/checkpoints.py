@@ -7,7 +7,6 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.runner import find_latest_checkpoint
 from torch import nn
 
 from nat_dense.checkpoints import Checkpoint, fetch, read, runner_files
@@ -15,6 +14,9 @@ from nat_dense.checkpoints.layout import unwrap
 
 EXPERIMENT_TIME = re.compile(r"_\d{8}_\d{6}$")
 """MMEngine names an experiment after its config file and the time of its start."""
+
+STEP = re.compile(r"(?:iter|epoch)_(\d+)\.pth")
+"""How MMEngine names the checkpoints of a run."""
 
 
 class DropEmbeddedConfig(Hook):
@@ -113,11 +115,34 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
 
 
+def latest_checkpoint(work_dir: str | Path, *, elsewhere: bool = False) -> Path | None:
+    """The checkpoint that a run in this directory goes on from, or None.
+
+    MMEngine notes it in `last_checkpoint`, as an absolute path and after it has deleted an older one: the note can name
+    a file of the directory that this one was copied from, or one that is gone. A file of that name here comes first,
+    then the furthest one here.
+
+    Args:
+        work_dir: the directory.
+        elsewhere: whether the run writes its checkpoints to another directory (`out_dir` of MMEngine's hook).
+    """
+    work_dir = Path(work_dir)
+    note = work_dir / "last_checkpoint"
+    noted = Path(note.read_text().strip()) if note.is_file() else None
+    if noted and (work_dir / noted.name).is_file():
+        return work_dir / noted.name
+    if noted and elsewhere and noted.is_file():
+        return noted
+    steps = {int(found[1]): path for path in work_dir.glob("*.pth") if (found := STEP.fullmatch(path.name))}
+    return steps[max(steps)] if steps else None
+
+
 def check_work_dir(cfg: Config, model: nn.Module, *, trust: bool = False) -> list[str]:
     """Checks that a training run neither continues another config's run nor overwrites one.
 
     Args:
-        cfg: the config of the run, with `work_dir`, `resume` and `load_from` set.
+        cfg: the config of the run, with `work_dir`, `resume` and `load_from` set; to resume from the latest checkpoint,
+            `load_from` is set to it.
         model: the model that the config builds.
         trust: whether the checkpoint may run code.
 
@@ -129,25 +154,37 @@ def check_work_dir(cfg: Config, model: nn.Module, *, trust: bool = False) -> lis
         ValueError: the directory or the checkpoint belongs to another config or model, or a fresh run would overwrite
             checkpoints.
     """
-    work_dir = Path(cfg.work_dir)
-    if not cfg.get("resume"):
-        present = sorted(path.name for path in work_dir.glob("*.pth"))
+    work_dir, resume, named = Path(cfg.work_dir), cfg.get("resume"), cfg.get("load_from")
+    present = sorted(path.name for path in work_dir.glob("*.pth"))
+    holds = (
+        f"work-dir {str(work_dir)!r} already holds {len(present)} checkpoint(s), such as {present[0]!r}"
+        if present
+        else ""
+    )
+    if not resume:
         if present:
             raise ValueError(
-                f"work-dir {str(work_dir)!r} already holds {len(present)} checkpoint(s), such as {present[0]!r}, that "
-                "a new run could overwrite. Go on with it (--resume), or choose another --work-dir."
+                f"{holds}, that a new run could overwrite. Go on with it (--resume), or choose another --work-dir."
             )
-        return check_start(model, read(fetch(cfg.load_from), trust=trust)) if cfg.get("load_from") else []
-    source = cfg.get("load_from") or find_latest_checkpoint(str(work_dir))
+        return check_start(model, read(fetch(named), trust=trust)) if named else []
+    if named and present and Path(named).resolve().parent != work_dir.resolve():
+        raise ValueError(f"{holds}, that a run resumed from {str(named)!r} could overwrite. Choose another --work-dir.")
+    hook = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
+    source = named or latest_checkpoint(work_dir, elsewhere=bool(hook.get("out_dir")))
+    if source is None and present:
+        raise ValueError(
+            f"{holds}, but none that says how far it is (iter_N.pth, epoch_N.pth): name it, --resume FILE."
+        )
     if source is None:
         return [f"Nothing to resume in {str(work_dir)!r}: training starts from the beginning."]
+    source = cfg.load_from = str(source)
     checkpoint = read(fetch(source), trust=trust)
     if not {"meta", "optimizer"} <= set(checkpoint.extras):
         raise ValueError(
             f"{source!r} holds weights but no training state to resume; start from it with --cfg-options "
             f"load_from={source}."
         )
-    if not cfg.get("load_from"):
+    if not named:
         _check_same_experiment(cfg, checkpoint.extras["meta"].get("experiment_name", ""), source)
     return check_fits(model, checkpoint)
 

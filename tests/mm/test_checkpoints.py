@@ -15,6 +15,7 @@ from nat_dense.mm.checkpoints import (
     DropEmbeddedConfig,
     check_fits,
     check_work_dir,
+    latest_checkpoint,
     refuse_pickled_code,
 )
 
@@ -128,6 +129,40 @@ def test_resume_from_the_work_dir(tmp_path, model):
     last = save(tmp_path / "epoch_1.pth", model)
     (tmp_path / "last_checkpoint").write_text(last)
     assert check_work_dir(config(tmp_path, resume=True), model) == []
+
+
+def test_a_copied_work_dir_goes_on_with_its_own_checkpoint(tmp_path, model):
+    """The note is an absolute path, which counts only where the config says that checkpoints go elsewhere."""
+    there, here = tmp_path / "there", tmp_path / "here"
+    for folder in (there, here):
+        folder.mkdir()
+    (here / "last_checkpoint").write_text(save(there / "iter_2.pth", model))
+    assert latest_checkpoint(here) is None
+    assert latest_checkpoint(here, elsewhere=True) == there / "iter_2.pth"
+    save(here / "iter_2.pth", model)
+    cfg = config(here, resume=True)
+    assert check_work_dir(cfg, model) == []
+    assert cfg.load_from == str(here / "iter_2.pth")
+
+
+def test_a_run_killed_between_a_checkpoint_and_the_note_of_it(tmp_path, model):
+    for step in (2, 10):
+        save(tmp_path / f"iter_{step}.pth", model)
+    assert latest_checkpoint(tmp_path) == tmp_path / "iter_10.pth"
+    (tmp_path / "last_checkpoint").write_text(str(tmp_path / "iter_1.pth"))  # deleted since
+    assert latest_checkpoint(tmp_path) == tmp_path / "iter_10.pth"
+
+
+def test_resuming_does_not_overwrite_another_runs_checkpoints(tmp_path, model):
+    (tmp_path / "full").mkdir()
+    other, last = save(tmp_path / "iter_2.pth", model), save(tmp_path / "full" / "iter_3.pth", model)
+    with pytest.raises(ValueError, match=r"'iter_3.pth', that a run resumed from .*iter_2.pth' could overwrite"):
+        check_work_dir(config(tmp_path / "full", resume=True, load_from=other), model)
+    assert check_work_dir(config(tmp_path / "full", resume=True, load_from=last), model) == []
+    assert check_work_dir(config(tmp_path / "empty", resume=True, load_from=other), model) == []
+    Path(last).rename(tmp_path / "full" / "best.pth")
+    with pytest.raises(ValueError, match="but none that says how far it is"):
+        check_work_dir(config(tmp_path / "full", resume=True), model)
 
 
 def test_another_configs_checkpoints_are_not_resumed(tmp_path, model):
