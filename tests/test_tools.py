@@ -2,6 +2,8 @@
 
 import math
 import pickle
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,6 +108,26 @@ def test_test_time_augmentation_of_a_segmentor(segmentor, tmp_path):
     assert 0 <= metrics["mIoU"] <= 100
 
 
+def test_testing_asks_for_nothing_that_only_training_needs(segmentor, tmp_path):
+    """And leaves the config of the training as it was, where both share a work-dir."""
+    options, run = segmentor
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    config = folder / Path(SEGMENTOR).name
+    before = config.read_bytes()
+    (tmp_path / "gone.py").write_text(
+        f"_base_ = {SEGMENTOR!r}\n"
+        "train_dataloader = dict(batch_size=1)\n"
+        "model = dict(backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='gone.pth')))\n"
+    )
+    mine = [option for option in options if "init_cfg" not in option and "train_dataloader.batch_size" not in option]
+    arguments = [str(tmp_path / "gone.py"), str(folder / "iter_2.pth"), "--work-dir", str(folder)]
+    metrics = evaluate([*arguments, "--cfg-options", *mine])
+    assert 0 <= metrics["mIoU"] <= 100
+    evaluate([SEGMENTOR, str(folder / "iter_2.pth"), "--work-dir", str(folder), "--cfg-options", *options])
+    assert config.read_bytes() == before
+
+
 def test_resume_goes_on_where_the_run_stopped(segmentor, tmp_path):
     options, run = segmentor
     more = ["train_cfg.max_iters=3", "train_cfg.val_interval=3", "default_hooks.checkpoint.interval=3"]
@@ -185,6 +207,10 @@ def test_options_reach_the_config(tmp_path, capsys):
         (["mmpose::x/y.py"], "unknown library 'mmpose'"),
         ([DETECTOR, "--cfg-options", "train_dataloder.batch_size=1"], "Did you mean 'train_dataloader'?"),
         ([DETECTOR, "--cfg-options", "model.backbone.arch=tinny"], "arch='tinny'"),
+        (
+            [DETECTOR, "--cfg-options", "model.neck=None", "model.neck.in_channels=3"],
+            "one of model.neck, model.neck.in_channels is a field of",
+        ),
         ([DETECTOR, "--launcher", "pytorch"], "start the processes with tools/dist_train.sh"),
         ([DETECTOR, "--launcher", "slurm"], "one process per GPU"),
     ],

@@ -45,10 +45,15 @@ def merge_options(cfg: Config, options: dict[str, Any]) -> None:
     """Merges the values of `--cfg-options` into a config, in place.
 
     Raises:
-        ValueError: an option whose first key neither the config nor the Runner knows.
+        ValueError: an option whose first key neither the config nor the Runner knows, or that sets a field of what is
+            no dict.
     """
     _check_option_names(cfg, options)
-    cfg.merge_from_dict(options)
+    try:
+        cfg.merge_from_dict(options)
+    except TypeError as error:  # MMEngine's names no option
+        fields = ", ".join(key for key in options if "." in key)
+        raise ValueError(f"--cfg-options: one of {fields} is a field of what is None or no dict ({error}).") from error
 
 
 def _find_libraries_by_module() -> None:

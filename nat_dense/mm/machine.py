@@ -16,7 +16,7 @@ AMP_ARGUMENTS = ("loss_scale", "dtype", "use_fsdp")
 """What AmpOptimWrapper takes and OptimWrapper does not."""
 
 
-def fit_to_machine(cfg: Config) -> list[str]:
+def fit_to_machine(cfg: Config, *, training: bool = True) -> list[str]:
     """Replaces, in place, what this machine can't run by what does the same work on it.
 
     Mixed precision without an accelerator, SyncBN in a single process or without GPUs, MMEngine's distributed model
@@ -25,6 +25,7 @@ def fit_to_machine(cfg: Config) -> list[str]:
 
     Args:
         cfg: the config; changed in place.
+        training: whether it is to be trained; testing has no optimizer.
 
     Returns:
         One sentence for each replacement.
@@ -46,7 +47,7 @@ def fit_to_machine(cfg: Config) -> list[str]:
         if replace_sync_norms(cfg.get("model", {})):
             notices.append("No GPU: SyncBN is replaced by BN, whose statistics are each process's own.")
     wrapper = cfg.get("optim_wrapper", {})
-    if wrapper.get("type") == "AmpOptimWrapper" and device not in AMP_DEVICES:
+    if training and str(wrapper.get("type")).endswith("AmpOptimWrapper") and device not in AMP_DEVICES:
         wrapper["type"] = "OptimWrapper"
         for argument in AMP_ARGUMENTS:
             wrapper.pop(argument, None)

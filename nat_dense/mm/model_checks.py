@@ -1,13 +1,14 @@
 """What is wrong with a config's model is found by building it once, before anything is written."""
 
 import inspect
+import os
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS
+from mmengine.registry import DATASETS, MODELS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -18,13 +19,14 @@ TASK_OF_SCOPE = {"mmdet": "detection", "mmseg": "segmentation"}
 """The dilation presets made for each library start with these names."""
 
 
-def check_model(cfg: Config) -> tuple[nn.Module, list[str]]:
-    """Builds the config's model on the CPU and checks that it can train and that its parts fit together.
+def check_model(cfg: Config, *, training: bool = True) -> tuple[nn.Module, list[str]]:
+    """Builds the config's model on the CPU and checks that its parts fit together, and that it can train.
 
     The random state is left as it was, so that a later build draws the same initial weights as without this check.
 
     Args:
         cfg: the config; its `default_scope` must be active.
+        training: whether it is to be trained; a model to be tested needs no initial weights.
 
     Returns:
         The model, and warnings for the user.
@@ -35,11 +37,12 @@ def check_model(cfg: Config) -> tuple[nn.Module, list[str]]:
     """
     backbone = cfg.model.get("backbone", {})
     _check_fields(backbone)
-    _check_initial_weights(cfg.model, "model")
+    if training:
+        _check_initial_weights(cfg.model, "model")
     with torch.random.fork_rng(devices=[]):
         model = MODELS.build(cfg.model)
         _check_channels(model)
-    if cfg.get("train_dataloader"):
+    if training and cfg.get("train_dataloader"):
         _check_batch_norm(model, cfg.train_dataloader.get("batch_size"))
     return model, _check_dilations(cfg)
 
@@ -118,9 +121,43 @@ def _check_in_channels(name: str, module: nn.Module | None, widths: list[int]) -
 
 
 def _check_batch_norm(model: nn.Module, batch_size: int | None) -> None:
-    """Batch norm behind a pooling to 1x1 (PSP and UPer heads) has one value per channel when the batch is one image."""
-    if batch_size != 1:
+    name = _norm_of_one_place(model)
+    if batch_size == 1 and name:
+        raise ValueError(
+            f"train_dataloader.batch_size is 1, but {name} applies batch norm to a 1x1 map: with one image there "
+            "is nothing to normalise over. Use a batch_size of 2 or more (or SyncBN on several GPUs, or "
+            "norm_cfg=dict(type='GN', ...))."
+        )
+
+
+def check_last_batch(cfg: Config, model: nn.Module) -> None:
+    """Checks that the last batch of an epoch is not a single image where batch norm needs more.
+
+    Args:
+        cfg: the config; its `default_scope` must be active.
+        model: the model that it builds.
+
+    Raises:
+        ValueError: it is.
+    """
+    loader = cfg.train_dataloader
+    whole = loader.get("drop_last") or loader.get("batch_sampler")
+    if whole or not str((loader.get("sampler") or {}).get("type")).endswith("DefaultSampler"):
         return
+    name = _norm_of_one_place(model)
+    if name is None:
+        return
+    images, processes = len(DATASETS.build(loader.dataset)), int(os.environ.get("WORLD_SIZE", "1"))
+    if -(-images // processes) % loader.batch_size == 1:
+        raise ValueError(
+            f"train_dataloader: with batch_size={loader.batch_size} the last of {images} images (in {processes} "
+            f"process(es)) is a batch of its own, but {name} applies batch norm to a 1x1 map, and with one image there "
+            "is nothing to normalise over. Set train_dataloader.drop_last=True, or another batch_size."
+        )
+
+
+def _norm_of_one_place(model: nn.Module) -> str | None:
+    """Batch norm behind a pooling to 1x1 (PSP and UPer heads) has one value per channel when the batch is one image."""
     for name, module in model.named_modules():
         if not isinstance(module, nn.Sequential):
             continue
@@ -129,11 +166,8 @@ def _check_batch_norm(model: nn.Module, batch_size: int | None) -> None:
             part for part in module.modules() if isinstance(part, _BatchNorm) and not isinstance(part, nn.SyncBatchNorm)
         ]
         if pools and norms:
-            raise ValueError(
-                f"train_dataloader.batch_size is 1, but {name} applies batch norm to a 1x1 map: with one image there "
-                "is nothing to normalise over. Use a batch_size of 2 or more (or SyncBN on several GPUs, or "
-                "norm_cfg=dict(type='GN', ...))."
-            )
+            return name
+    return None
 
 
 def _check_dilations(cfg: Config) -> list[str]:

@@ -82,8 +82,11 @@ def set_out(cfg: Config, out: str) -> None:
     """`--out`: writes predictions, a pickle of MMDetection's results or a folder of MMSegmentation's index PNGs.
 
     Raises:
+        FileExistsError: there is such a file.
         ValueError: the path doesn't fit the task.
     """
+    if Path(out).is_file():
+        raise FileExistsError(f"--out {out}: there is such a file, which is not overwritten; name another.")
     evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
     is_pickle = Path(out).suffix in (".pkl", ".pickle")
     if cfg.get("default_scope") == "mmseg":
@@ -113,13 +116,16 @@ def enable_tta(cfg: Config) -> list[str]:
         nms = dict(type="nms", iou_threshold=0.5)
         cfg.tta_model = dict(type="DetTTAModel", tta_cfg=dict(nms=nms, max_per_img=100))
         cfg.tta_pipeline = [*cfg.test_dataloader.dataset.pipeline[:-1], _flip_and_pack()]
-    if cfg.tta_model.type == "DetTTAModel" and cfg.model.get("roi_head", {}).get("mask_head"):
-        cfg.model.roi_head.update(mask_head=None, mask_roi_extractor=None)
-        evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
-        for evaluator in evaluators:
+    if cfg.tta_model.type == "DetTTAModel":
+        has_masks = bool(cfg.model.get("roi_head", {}).get("mask_head"))
+        if has_masks:
+            cfg.model.roi_head.update(mask_head=None, mask_roi_extractor=None)
+        for evaluator in cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]:
             if "segm" in (evaluator.get("metric") or []):
+                has_masks = True
                 evaluator.metric = "bbox"
-        notices.append("--tta: MMDetection merges boxes only; masks are neither predicted nor evaluated.")
+        if has_masks:
+            notices.append("--tta: MMDetection merges boxes only; masks are not evaluated.")
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
     cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
     return notices

@@ -14,7 +14,7 @@ from nat_dense.checkpoints import fetch, read
 from nat_dense.mm.checkpoints import DropEmbeddedConfig, check_fits, check_work_dir, refuse_pickled_code
 from nat_dense.mm.data_checks import check_data
 from nat_dense.mm.machine import fit_to_machine
-from nat_dense.mm.model_checks import check_model
+from nat_dense.mm.model_checks import check_last_batch, check_model
 from nat_dense.mm.options import enable_tta
 from nat_dense.mm.processes import join_on_cpus
 
@@ -45,11 +45,13 @@ def build_runner(
     """
     refuse_pickled_code(trust=trust)
     init_default_scope(cfg.get("default_scope", "mmengine"))
-    notices = fit_to_machine(cfg)
-    model, warnings = check_model(cfg)
+    training = mode == "train"
+    notices = fit_to_machine(cfg, training=training)
+    model, warnings = check_model(cfg, training=training)
     notices += warnings
     notices += check_data(cfg, tuple(name for name in LOADERS[mode] if cfg.get(name)))
-    if mode == "train":
+    if training:
+        check_last_batch(cfg, model)
         notices += check_work_dir(cfg, model, trust=trust)
     elif cfg.get("load_from"):
         cfg.load_from = str(fetch(cfg.load_from))
@@ -61,7 +63,7 @@ def build_runner(
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
         for notice in notices:
             print(f"note: {notice}", flush=True)
-    cfg = _spare_config_file(cfg)
+    cfg = _spare_config_file(cfg, training)
     _name_visualizer(cfg)
     join_on_cpus(cfg)
     runner: Any = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
@@ -69,9 +71,13 @@ def build_runner(
     return runner
 
 
-def _spare_config_file(cfg: Config) -> Config:
-    """Keeps MMEngine from writing the expanded config over the user's own, where that lies in the work-dir."""
-    if not cfg.filename or Path(cfg.filename).resolve().parent != Path(cfg.work_dir).resolve():
+def _spare_config_file(cfg: Config, training: bool) -> Config:
+    """Makes MMEngine name the expanded config by the time where it would write over another one.
+
+    That is the user's own, where it lies in the work-dir, or, in testing, the one that a training left there.
+    """
+    in_work_dir = cfg.filename and Path(cfg.filename).resolve().parent == Path(cfg.work_dir).resolve()
+    if not cfg.filename or (training and not in_work_dir):
         return cfg
     experiment = cfg.get("experiment_name") or Path(cfg.filename).stem
     return Config(cfg.to_dict() | dict(experiment_name=experiment))

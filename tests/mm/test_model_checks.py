@@ -7,8 +7,8 @@ from mmengine.registry import init_default_scope
 
 from nat_dense.mm.config import load_config
 from nat_dense.mm.machine import fit_to_machine
-from nat_dense.mm.model_checks import check_model
-from tests.mm.small import DETECTOR, NANO, SEGMENTOR, parse_options
+from nat_dense.mm.model_checks import check_last_batch, check_model
+from tests.mm.small import DETECTOR, NANO, SEGMENTOR, ade_options, parse_options, write_ade
 
 
 def detector(*options: str):
@@ -74,6 +74,23 @@ def test_batch_norm_with_one_image():
     group_norm = dict(type="GN", num_groups=4)
     cfg.model.decode_head.norm_cfg = cfg.model.auxiliary_head.norm_cfg = group_norm
     check_model(cfg)
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size", "processes", "fits"),
+    [(5, 2, 1, False), (4, 2, 1, True), (5, 2, 2, False), (7, 2, 2, True)],
+)
+def test_batch_norm_with_one_image_left_over(tmp_path, monkeypatch, images, batch_size, processes, fits):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    cfg = segmentor(*ade_options(write_ade(tmp_path / "ade", train=images)))
+    cfg.train_dataloader.update(batch_size=batch_size, sampler=dict(type="DefaultSampler", shuffle=True))
+    fit_to_machine(cfg)
+    model, _ = check_model(cfg)
+    if not fits:
+        with pytest.raises(ValueError, match=f"the last of {images} images .* Set train_dataloader.drop_last=True"):
+            check_last_batch(cfg, model)
+        cfg.train_dataloader.drop_last = True
+    check_last_batch(cfg, model)
 
 
 def test_torch_fails_late_on_batch_norm_with_one_image():
