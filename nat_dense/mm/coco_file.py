@@ -40,6 +40,8 @@ def check_coco_file(file: Path, name: str, masks: bool) -> dict[str, Any]:
             raise ValueError(f"{name}: {str(file)!r} has no list {key!r}; a COCO file holds {', '.join(REQUIRED)}.")
         needed = (*fields, "segmentation") if masks and key == "annotations" else fields
         for i, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                raise ValueError(f"{name}: {str(file)!r}: {key}[{i}] is {entry!r}, not an object with keys.")
             missing = [field for field in needed if field not in entry]
             if missing:
                 raise ValueError(f"{name}: {str(file)!r}: {key}[{i}] lacks {', '.join(map(repr, missing))}.")

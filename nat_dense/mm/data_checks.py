@@ -2,8 +2,8 @@
 
 A config (or `--cfg-options`) may set `data_checks`, a dict with:
 
-- `images`: "sample" (default: look up every file, decode at most 500 a dataset), "all" (decode every one) or "none"
-  (look up only).
+- `images`: "sample" (default: look up every file, decode at most 500 a dataset), "all" (decode every one; the default
+  where bad images are skipped) or "none" (look up only).
 - `bad_images`: "stop" (default) or "skip": go on without the bad images, which are listed.
 - `other_classes`: "stop" (default) or "ignore": annotations of classes that the config doesn't have.
 """
@@ -11,17 +11,22 @@ A config (or `--cfg-options`) may set `data_checks`, a dict with:
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.registry import DATASETS
+from torch.utils.data import DataLoader
 
 from nat_dense.mm.coco_file import check_categories, check_coco_file
-from nat_dense.mm.images import CHANNELS, Picture, find_bad_images, find_bad_labels
+from nat_dense.mm.images import CHANNELS, Picture, find_bad_images, find_bad_labels, left_unread
 
 CHOICES = {"images": ("sample", "all", "none"), "bad_images": ("stop", "skip"), "other_classes": ("stop", "ignore")}
 """The fields of `data_checks` and their values, the default first."""
+
+LOADER_FIELDS = ("worker_init_fn", "collate_fn", "num_batch_per_epoch", "disable_subprocess_warning")
+"""What MMEngine's Runner takes of a dataloader beside the arguments of torch's DataLoader."""
 
 COCO_DATASET = "mmdet.datasets.coco.CocoDataset"
 SEGMENTATION_DATASET = "mmseg.datasets.basesegdataset.BaseSegDataset"
@@ -109,16 +114,30 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
     checks = _read_choices(cfg)
     warnings = []
     for loader in loaders:
+        _check_loader_fields(cfg[loader], loader)
         for source in _sources(cfg[loader].get("dataset"), f"{loader}.dataset"):
             pictures = _find_pictures(source, checks)
             bad = find_bad_images(pictures, checks["images"], _expected_channels(cfg, source))
             warnings += _report_bad_images(source, bad, len(pictures), checks)
+            if checks["images"] == "sample" and (unread := left_unread(pictures, "sample")):
+                warnings.append(
+                    f"{source.name}: {unread} of {len(pictures)} images were looked up but not decoded; --cfg-options "
+                    "data_checks.images=all decodes every one, before training."
+                )
             _check_labels(source, [p for p in pictures if p.path not in bad], checks)
             _check_heads(cfg.model, source)
-    evaluators = {name.replace("dataloader", "evaluator") for name in loaders} - {"train_evaluator"}
-    for name in sorted(evaluators):
-        _check_evaluator(cfg, name)
+    for loader in sorted(set(loaders) - {"train_dataloader"}):
+        _check_evaluator(cfg, loader)
     return warnings
+
+
+def _check_loader_fields(loader: dict, name: str) -> None:
+    fields = [*LOADER_FIELDS, *inspect.signature(DataLoader.__init__).parameters]
+    for field in loader:
+        if field not in fields:
+            close = get_close_matches(field, fields, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{name} has no field {field!r}.{hint} Its fields are those of torch's DataLoader.")
 
 
 def _read_choices(cfg: Config) -> dict[str, str]:
@@ -127,6 +146,8 @@ def _read_choices(cfg: Config) -> dict[str, str]:
         if value not in CHOICES.get(key, ()):
             fields = "; ".join(f"{name}: {', '.join(values)}" for name, values in CHOICES.items())
             raise ValueError(f"data_checks.{key}={value!r}: expected {fields}.")
+    if given.get("bad_images") == "skip":  # one that is not found is not skipped
+        given = dict(images="all") | given
     return {key: given.get(key, values[0]) for key, values in CHOICES.items()}
 
 
@@ -219,10 +240,11 @@ def _report_bad_images(source: Source, bad: dict[Path, str], total: int, checks:
         )
     if len(bad) == total:
         raise ValueError(f"{message} None is left to skip to.")
+    missed = source.reader == COCO_DATASET and not source.name.startswith("train_")
     wrapped = dict(source.cfg)
     source.cfg.clear()
     source.cfg.update(type="mmengine.without_images", dataset=wrapped, paths=[str(path) for path in bad])
-    return [f"{message} They are skipped."]
+    return [f"{message} They are skipped" + ("; mAP counts what is on them as missed." if missed else ".")]
 
 
 def _check_labels(source: Source, pictures: list[Picture], checks: dict[str, str]) -> None:
@@ -266,13 +288,28 @@ def _check_heads(model: dict, source: Source) -> None:
             )
 
 
-def _check_evaluator(cfg: Config, name: str) -> None:
+def _check_evaluator(cfg: Config, loader: str) -> None:
+    name = loader.replace("dataloader", "evaluator")
     evaluators = cfg.get(name) or []
+    sources = [s for s in _sources(cfg[loader].get("dataset"), f"{loader}.dataset") if s.reader == COCO_DATASET]
+    files = [source.path(source.argument("ann_file")) for source in sources]
     for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
         file = evaluator.get("ann_file")
         if file and "://" not in file and not Path(file).is_file():
             raise FileNotFoundError(
                 f"{name}.ann_file: no file {file!r}. Set it with --cfg-options {name}.ann_file=FILE."
+            )
+        if not file or "://" in file or len(files) != 1 or not files[0].is_file() or files[0].samefile(file):
+            continue
+        known, tested = (
+            {image["id"] for image in check_coco_file(path, where, masks=False)["images"]}
+            for path, where in ((Path(file), f"{name}.ann_file"), (files[0], f"{sources[0].name}.ann_file"))
+        )
+        if not tested <= known:
+            raise ValueError(
+                f"{name}.ann_file={file!r} lacks {len(tested - known)} of the {len(tested)} images of "
+                f"{sources[0].name}.ann_file={str(files[0])!r}, such as id {min(tested - known, key=str)!r}: the "
+                "metric would be wrong. Set both to the same file."
             )
 
 

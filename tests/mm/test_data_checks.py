@@ -106,6 +106,7 @@ def test_annotation_file_that_is_not_json(coco):
     [
         (lambda c: c.pop("categories"), "has no list 'categories'"),
         (lambda c: c["images"][1].pop("file_name"), "images[1] lacks 'file_name'"),
+        (lambda c: c["images"].append(7), "images[4] is 7, not an object with keys"),
         (lambda c: c["annotations"][2].pop("bbox"), "annotations[2] lacks 'bbox'"),
         (lambda c: c["annotations"][0].pop("segmentation"), "annotations[0] lacks 'segmentation'"),
         (lambda c: c["annotations"][0].update(image_id=99), "image_id 99, which no image has"),
@@ -194,6 +195,51 @@ def test_bad_images_stop_the_run_or_are_skipped_aloud(coco, fault):
     assert "1 of 4 images" in warning
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
     assert [Path(dataset.get_data_info(i)["img_path"]).name for i in range(len(dataset))] == ["0.jpg", "1.jpg", "3.jpg"]
+
+
+def test_what_a_sample_leaves_out_is_said_and_nothing_is_left_out_where_bad_images_are_skipped(coco, monkeypatch):
+    monkeypatch.setattr("nat_dense.mm.images.SAMPLE", 2)
+    cfg, root = coco
+    (root / "train2017" / "1.jpg").write_bytes(b"no image")  # between those of the sample
+    (warning,) = check_data(cfg, TRAIN)
+    assert "train_dataloader.dataset: 2 of 4 images were looked up but not decoded" in warning
+    cfg.data_checks = dict(bad_images="skip")
+    (warning,) = check_data(cfg, TRAIN)
+    assert "1.jpg" in warning
+    assert "They are skipped." in warning
+
+
+def test_skipped_images_of_a_validation_count_as_missed(coco):
+    cfg, root = coco
+    (root / "val2017" / "1.jpg").write_bytes(b"no image")
+    cfg.data_checks = dict(bad_images="skip")
+    (warning,) = check_data(cfg, ("val_dataloader",))
+    assert "mAP counts what is on them as missed" in warning
+
+
+def test_an_evaluator_of_other_images(coco):
+    """MMDetection would compare predictions with the wrong pictures, or fail after the first epoch."""
+    cfg, root = coco
+    file = root / "annotations" / "instances_val2017.json"
+    other = root / "annotations" / "other.json"
+    content = json.loads(file.read_text())
+    other.write_text(json.dumps(content))
+    cfg.val_evaluator.ann_file = str(other)
+    assert check_data(cfg, ("val_dataloader",)) == [], "the same images in another file"
+    for image in content["images"]:
+        image["id"] += 1000
+    for annotation in content["annotations"]:
+        annotation["image_id"] += 1000
+    other.write_text(json.dumps(content))
+    text = message(ValueError, cfg, ("val_dataloader",))
+    assert f"val_evaluator.ann_file={str(other)!r} lacks 2 of the 2 images" in text
+    assert str(file) in text
+
+
+def test_misspelt_field_of_a_loader(coco):
+    cfg, _ = coco
+    cfg.train_dataloader.batchsize = 2
+    assert "train_dataloader has no field 'batchsize'. Did you mean 'batch_size'?" in message(ValueError, cfg)
 
 
 def test_images_that_are_looked_up_only(coco):
