@@ -40,7 +40,7 @@ def trainings(args: argparse.Namespace) -> dict[tuple[str, int, str], Training]:
             for task, config in CONFIGS.items():
                 cfg = task_config(config.format(BACKBONES[name]), args.data, seed, args.budget)
                 folder = args.work_dir / f"{BACKBONES[name]}-{task}-seed{seed}"
-                jobs[name, seed, task] = Training(f"{name}, {task}, seed {seed}", cfg, folder)
+                jobs[name, seed, task] = Training(f"{name}, {task}, seed {seed}", cfg, folder, ShapesOptions())
     return jobs
 
 

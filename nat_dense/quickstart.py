@@ -12,22 +12,26 @@ import json
 import math
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from queue import Queue
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout  # a dependency of torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from rich.console import Console
 
 from nat_dense.datasets.shapes import ShapesOptions, generate
+from nat_dense.mm.checkpoints import latest_checkpoint
 from nat_dense.mm.config import load_config
 from nat_dense.mm.runner import build_runner
 from nat_dense.progress import Board, ProgressLine
@@ -71,8 +75,10 @@ def prepare(data: Path, options: ShapesOptions, seed: int = 0, budget: float = 1
 
     Raises:
         FileExistsError: `data` holds something else than these shapes.
-        ValueError: `budget` leaves nothing to train.
+        ValueError: `seed` or `budget` is out of range, or the budget leaves nothing to train.
     """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed}: expected a whole number from 0 to {2**32 - 1}")
     configs = {task: task_config(task.config, data, seed, budget) for task in TASKS}
     generate(data, options)
     return configs
@@ -90,7 +96,7 @@ def run(work_dir: Path, configs: dict[Task, Config], options: ShapesOptions) -> 
         The report.
     """
     console = Console()
-    trainings = [Training(task.title, cfg, work_dir / task.name) for task, cfg in configs.items()]
+    trainings = [Training(task.title, cfg, work_dir / task.name, options) for task, cfg in configs.items()]
     results = train(trainings, console)
     outcomes = [Outcome(t.title, t.folder, result, t.cfg) for t, result in zip(trainings, results, strict=True)]
     for outcome in outcomes:
@@ -104,8 +110,10 @@ def task_config(name: str, data: Path, seed: int = 0, budget: float = 1.0) -> Co
     """A config of configs/quickstart, for data in another folder and a training of another length.
 
     Raises:
-        ValueError: `budget` leaves fewer than 10 iterations.
+        ValueError: `budget` is no finite number or leaves fewer than 10 iterations.
     """
+    if not math.isfinite(budget):
+        raise ValueError(f"budget={budget}: expected a number, such as 0.5 for half as many iterations")
     cfg = load_config(str(CONFIGS / name))
     for split in ("train", "val", "test"):
         cfg[f"{split}_dataloader"].dataset.data_root = f"{data}/"
@@ -133,11 +141,19 @@ class Training:
         title: For people.
         cfg: As `task_config` returns.
         folder: The work-dir, of this training alone.
+        data: The shapes that the config was made for.
     """
 
     title: str
     cfg: Config
     folder: Path
+    data: ShapesOptions
+
+    def settings(self) -> dict[str, Any]:
+        """What tells one run from another: the data, and all of the config but where it writes."""
+        text = Config({key: value for key, value in self.cfg.items() if key not in ("work_dir", "resume")}).pretty_text
+        name, digest = Path(self.cfg.filename).name, hashlib.sha256(text.encode()).hexdigest()
+        return {"config": name, "sha256": digest, "data": asdict(self.data)}
 
 
 def train(trainings: Sequence[Training], console: Console) -> list[dict[str, Any]]:
@@ -155,21 +171,41 @@ def train(trainings: Sequence[Training], console: Console) -> list[dict[str, Any
 
     Returns:
         For each training `metrics` (name -> number, of the last evaluation), `iterations`, `seconds` of training and
-        evaluating (in the last start, where it was interrupted), `parameters` and `backbone_parameters`.
+        evaluating (since the last start, where it was `interrupted`), `parameters` and `backbone_parameters`.
+
+    Raises:
+        BlockingIOError: another process trains in one of the folders.
     """
-    unfinished = [training for training in trainings if _open_folder(training, console)]
-    if unfinished:
-        _train_in_processes(unfinished)
+    with ExitStack() as locks:
+        for training in trainings:
+            locks.callback(_lock(training.folder).release)
+        unfinished = [training for training in trainings if _open_folder(training, console)]
+        if unfinished:
+            _train_in_processes(unfinished)
     return [json.loads((training.folder / RESULT).read_text()) for training in trainings]
+
+
+def _lock(folder: Path) -> FileLock:
+    """Held by the process that trains in the folder; the system lets go of it with the process."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BlockingIOError(
+            f"another process trains in {folder}: wait for its end, or choose another --work-dir"
+        ) from None
+    return lock
 
 
 def _open_folder(training: Training, console: Console) -> bool:
     """Makes the folder ready and says what is reused; whether anything is left to train."""
     cfg, folder = training.cfg, training.folder
-    settings = _fingerprint(cfg)
+    settings = training.settings()
     if folder.exists() and _read(folder / SETTINGS) != settings:
         kept = folder.with_name(f"{folder.name}-before-{time.strftime('%Y%m%d-%H%M%S')}")
         folder.rename(kept)
+        _note_checkpoint(kept)
         console.print(f"{folder} held a run with other settings: kept as {kept}")
     if (folder / RESULT).is_file():
         console.print(f"{folder} holds this very run, finished: used as it is")
@@ -177,11 +213,19 @@ def _open_folder(training: Training, console: Console) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / SETTINGS, settings)
     cfg.work_dir = str(folder)
-    cfg.resume = (folder / "last_checkpoint").is_file()
+    cfg.resume = _note_checkpoint(folder)
     if cfg.resume:
         console.print(f"{folder} holds a part of this run: going on from its last checkpoint")
     console.print(f"{training.title}: loading (full log: {folder / 'console.txt'})")
     return True
+
+
+def _note_checkpoint(folder: Path) -> bool:
+    """Whether the folder has a checkpoint to go on from; mends MMEngine's note of it, which is an absolute path."""
+    latest = latest_checkpoint(folder)
+    if latest is not None:
+        (folder / "last_checkpoint").write_text(str(latest.absolute()))
+    return latest is not None
 
 
 Message = tuple[str, str, int, int, str]
@@ -192,7 +236,9 @@ def _train_in_processes(trainings: Sequence[Training]) -> None:
     cores = os.cpu_count() or 1
     workers = min(len(trainings), cores)
     context = multiprocessing.get_context("spawn")  # forking a process that has run torch can hang
-    with context.Manager() as manager:
+    manager = SyncManager(ctx=context)
+    manager.start(_end_with_parent)
+    with manager:
         messages = manager.Queue()
         with ProcessPoolExecutor(workers, context, _start_worker, (cores // workers,)) as pool:
             running = {pool.submit(_train_one, training, messages): training.title for training in trainings}
@@ -226,7 +272,19 @@ def _show(message: Message, board: Board, lines: dict[str, ProgressLine]) -> Non
 
 
 def _start_worker(threads: int) -> None:
+    _end_with_parent()
     torch.set_num_threads(threads)
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is gone, however that ended."""
+
+    def wait_and_end() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait_and_end, daemon=True).start()
 
 
 def _train_one(training: Training, messages: Queue[Message]) -> None:
@@ -249,6 +307,7 @@ def _train_one(training: Training, messages: Queue[Message]) -> None:
     result = dict(
         metrics={name: float(value) for name, value in watch.metrics.items()},
         iterations=runner.iter,
+        interrupted=bool(training.cfg.resume),
         seconds=seconds,
         parameters=sum(parameter.numel() for parameter in runner.model.parameters()),
         backbone_parameters=sum(parameter.numel() for parameter in runner.model.backbone.parameters()),
@@ -276,12 +335,6 @@ class _Watch(Hook):
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Keeps the numbers."""
         self.metrics = dict(metrics or {})
-
-
-def _fingerprint(cfg: Config) -> dict[str, str]:
-    """What tells one run from another: all of the config but where it writes."""
-    text = Config({key: value for key, value in cfg.items() if key not in ("work_dir", "resume")}).pretty_text
-    return {"config": Path(cfg.filename).name, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _read(path: Path) -> dict[str, Any] | None:

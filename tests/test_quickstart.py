@@ -1,18 +1,26 @@
 """The quickstart from its command line, in miniature: what it leaves, what it reuses, what it refuses."""
 
 import base64
+import html
 import io
 import json
 import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from nat_dense.datasets import scene, shapes
+from nat_dense.mm.checkpoints import latest_checkpoint
 from nat_dense.mm.config import load_config
 from nat_dense.quickstart import CONFIGS, TASKS, task_config
-from tests.mm.small import load_tool
+from tests.mm.small import REPOSITORY, load_tool
 
 FULL = task_config(TASKS[0].config, Path("data")).train_cfg.max_iters
 ITERATIONS = 12
@@ -85,7 +93,11 @@ def test_the_report_stands_alone_and_shows_all(root):
         assert pictures[:2] == [(folder / name).read_bytes() for name in ("curves.png", "predictions.png")]
         pictures = pictures[2:]
         assert f"<h2>{task.title}</h2>" in text
-        assert f"configs/quickstart/{task.config}" in text
+    commands = [line for line in html.unescape(text).splitlines() if "python tools/" in line]
+    assert len(commands) == 4
+    test = shlex.split(commands[1][commands[1].index("python tools/") :])
+    metrics = load_tool("test").main([*test[2:4], "--work-dir", str(root / "tested")])
+    assert metrics["coco/bbox_mAP"] == result(root, "detection")["metrics"]["coco/bbox_mAP"]
     assert f"<b>{result(root, 'detection')['metrics']['coco/bbox_mAP']:.3f}</b><span>NAT Mask R-CNN: box mAP" in text
     assert f"<b>{result(root, 'segmentation')['metrics']['mIoU'] / 100:.3f}</b><span>NAT UPerNet: mIoU" in text
 
@@ -109,6 +121,65 @@ def test_an_interrupted_run_is_finished(root, capsys):
     assert after["iterations"] == ITERATIONS
 
 
+def test_a_run_killed_around_a_checkpoint_goes_on(root, capsys):
+    """MMEngine deletes the older checkpoint, writes the newer one, then notes its name: each can be the last."""
+    folder = root / "work" / "segmentation"
+    for note in (None, str(folder / "iter_3.pth")):
+        (folder / "result.json").unlink()
+        (folder / "last_checkpoint").unlink()
+        if note:
+            (folder / "last_checkpoint").write_text(note)
+        run(root)
+        assert "going on from its last checkpoint" in capsys.readouterr().out
+        assert result(root, "segmentation")["interrupted"]
+
+
+def test_other_data_keep_the_earlier_run(root, tmp_path, capsys, monkeypatch):
+    """The config has the path of the data, not what was generated there."""
+    monkeypatch.setattr("nat_dense.quickstart.TASKS", TASKS[1:])
+    shutil.copytree(root / "work" / "segmentation", tmp_path / "work" / "segmentation")
+    shutil.move(root / "data", root / "data-of-24")
+    try:
+        arguments = ["--work-dir", str(tmp_path / "work"), "--data", str(root / "data"), *MINIATURE]
+        load_tool("quickstart").main([*arguments, "--train", "20"])
+    finally:
+        shutil.rmtree(root / "data")
+        shutil.move(root / "data-of-24", root / "data")
+    assert "held a run with other settings: kept as" in " ".join(capsys.readouterr().out.split())
+    (kept,) = (tmp_path / "work").glob("segmentation-before-*")
+    assert latest_checkpoint(kept) == kept / f"iter_{ITERATIONS}.pth"
+    assert Path((kept / "last_checkpoint").read_text()) == kept / f"iter_{ITERATIONS}.pth"
+
+
+def test_two_runs_do_not_share_a_folder(root):
+    with FileLock(root / "work" / ".segmentation.lock"), pytest.raises(BlockingIOError, match="another process trains"):
+        run(root)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+def test_trainings_end_with_the_process_that_started_them(root, tmp_path):
+    """Killed, it has no time to tell them."""
+    command = [sys.executable, str(REPOSITORY / "tools" / "quickstart.py"), "--work-dir", str(tmp_path / "work")]
+    options = ["--data", str(root / "data"), *MINIATURE[:-2], "--budget", "1"]
+    with subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as parent:
+        log = tmp_path / "work" / "segmentation" / "console.txt"
+        wait_for(lambda: log.is_file() and "Iter(train)" in log.read_text())
+        children = [
+            Path("/proc", pid) for pid in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        ]
+        assert len(children) >= 3, "two trainings and a manager"
+        parent.kill()
+    wait_for(lambda: not any(child.exists() for child in children), 20)
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.2)
+
+
 def test_other_settings_keep_the_earlier_run(root, capsys, monkeypatch):
     monkeypatch.setattr("nat_dense.quickstart.TASKS", TASKS[1:])  # the faster one
     before = result(root, "segmentation")
@@ -123,6 +194,9 @@ def test_other_settings_keep_the_earlier_run(root, capsys, monkeypatch):
     ("options", "message"),
     [
         (["--budget", "0.001"], f"budget=0.001 leaves {round(FULL / 1000)} of {FULL} iterations: expected >= 10"),
+        (["--budget", "nan"], "budget=nan: expected a number"),
+        (["--seed", "-1"], "seed=-1: expected a whole number from 0 to 4294967295"),
+        (["--work-dir", __file__], "a file is in its place; name a directory"),
         (["--train", "0"], "train=0: expected a whole number of at least 1"),
         (["--val", "7"], "holds a shapes set made with"),
     ],

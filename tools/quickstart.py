@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors("quickstart.py"):
         from nat_dense.quickstart import prepare, run
 
+        if args.work_dir.exists() and not args.work_dir.is_dir():
+            raise ValueError(f"--work-dir {args.work_dir}: a file is in its place; name a directory")
         options = ShapesOptions(args.train, args.val, args.size)
         configs = prepare(args.data, options, args.seed, args.budget)
     run(args.work_dir, configs, options)

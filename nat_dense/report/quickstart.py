@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +12,10 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.runner import find_latest_checkpoint
 from rich.table import Table
 
 from nat_dense.datasets.shapes import ShapesOptions
+from nat_dense.mm.checkpoints import latest_checkpoint
 from nat_dense.progress import clock
 from nat_dense.report.curves import draw_curves, read_scalars
 from nat_dense.report.page import Section, write_page
@@ -96,12 +98,12 @@ def write_report(path: Path, outcomes: Sequence[Outcome], options: ShapesOptions
         for name, value in outcome.metrics().items()
         if name in HEADLINES
     ]
-    seconds = sum(outcome.result["seconds"] for outcome in outcomes)
-    headline.append(("training and evaluating", f"{clock(seconds)} min"))
+    seconds = max(outcome.result["seconds"] for outcome in outcomes)
+    headline.append(("the longer training, with evaluations", f"{clock(seconds)} min"))
     introduction = (
         f"Two models with Neighborhood Attention backbones, trained from scratch on {options.train} generated pictures "
         f"of {options.size} x {options.size} pixels and evaluated on {options.val} others: things of six shapes, "
-        "whose colours and textures tell nothing of their class, over one another and over textured ground."
+        "over one another and over textured ground; colours and textures tell the class of most of them, not of all."
     )
     write_page(
         path,
@@ -127,7 +129,8 @@ def _section(outcome: Outcome) -> Section:
         text=(
             f"{result['parameters'] / 1e6:.2f} million parameters, {result['backbone_parameters'] / 1e6:.2f} of them "
             f"in the backbone; {result['iterations']} iterations of {outcome.cfg.train_dataloader.batch_size} pictures "
-            f"in {clock(result['seconds'])} minutes with evaluations. Below: the curves, then the first {EXAMPLES} "
+            f"in {clock(result['seconds'])} minutes with evaluations"
+            f"{' since the last start' if result['interrupted'] else ''}. Below: the curves, then the first {EXAMPLES} "
             "validation pictures, as they come. White: crowds, which are not evaluated."
         ),
         table=[("metric", "value"), *rows],
@@ -138,16 +141,21 @@ def _section(outcome: Outcome) -> Section:
 def _how(outcomes: Sequence[Outcome]) -> Section:
     commands = []
     for outcome in outcomes:
-        config = Path(outcome.cfg.filename)
-        config = Path(*config.parts[-3:])
-        checkpoint = find_latest_checkpoint(str(outcome.folder))
-        commands += [f"python tools/train.py {config}", f"python tools/test.py {config} {checkpoint}"]
+        config = shlex.quote(str(outcome.folder / Path(outcome.cfg.filename).name))
+        again = shlex.quote(f"{outcome.folder}-again")
+        checkpoint = shlex.quote(str(latest_checkpoint(outcome.folder)))
+        fresh = " --cfg-options resume=False load_from=None" if outcome.result["interrupted"] else ""
+        commands += [
+            f"python tools/train.py {config} --work-dir {again}{fresh}",
+            f"python tools/test.py {config} {checkpoint}",
+        ]
     return Section(
         title="Again, by hand",
-        text="The same trainings and evaluations through the tools that serve every other config:",
+        text="The same trainings and evaluations through the tools that serve every other config (those of "
+        "configs/quickstart, with this run's data, seed and length):",
         commands="\n".join(commands),
     )
 
 
 def _machine() -> str:
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
