@@ -1,12 +1,12 @@
 # A short run from scratch on a CPU: AdamW, a short warm-up, then a cosine to zero; evaluated four times. The learning
 # rate is the best of the few that were tried in shorter runs, not the outcome of a search.
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=2000, val_interval=500)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=3400, val_interval=850)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
-    dict(type='CosineAnnealingLR', eta_min=0.0, by_epoch=False, begin=50, end=2000),
+    dict(type='CosineAnnealingLR', eta_min=0.0, by_epoch=False, begin=50, end=3400),
 ]
 
 optim_wrapper = dict(
