@@ -93,6 +93,7 @@ def test_the_report_stands_alone_and_shows_all(root):
         assert pictures[:2] == [(folder / name).read_bytes() for name in ("curves.png", "predictions.png")]
         pictures = pictures[2:]
         assert f"<h2>{task.title}</h2>" in text
+        assert task.config in text
     commands = [line for line in html.unescape(text).splitlines() if "python tools/" in line]
     assert len(commands) == 4
     test = shlex.split(commands[1][commands[1].index("python tools/") :])

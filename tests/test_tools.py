@@ -75,6 +75,10 @@ def test_test_detector_repeats_the_validation_and_writes_pictures_and_prediction
     assert [p["img_id"] for p in predictions] == [0, 1]
     assert {"bboxes", "scores", "labels", "masks"} <= set(predictions[0]["pred_instances"])
     assert sorted(path.name for path in pictures.iterdir()) == ["0.jpg", "1.jpg"]
+    before = out.read_bytes()
+    with pytest.raises(SystemExit):
+        evaluate([DETECTOR, str(run / "epoch_1.pth"), *arguments, "--cfg-options", *options])
+    assert out.read_bytes() == before
 
 
 def test_test_segmentor_repeats_the_validation_and_writes_pictures_and_predictions(segmentor, tmp_path):

@@ -156,24 +156,24 @@ def check_work_dir(cfg: Config, model: nn.Module, *, trust: bool = False) -> lis
     """
     work_dir, resume, named = Path(cfg.work_dir), cfg.get("resume"), cfg.get("load_from")
     present = sorted(path.name for path in work_dir.glob("*.pth"))
-    holds = (
-        f"work-dir {str(work_dir)!r} already holds {len(present)} checkpoint(s), such as {present[0]!r}"
-        if present
-        else ""
-    )
     if not resume:
         if present:
             raise ValueError(
-                f"{holds}, that a new run could overwrite. Go on with it (--resume), or choose another --work-dir."
+                f"{_holding(work_dir, present)}, that a new run could overwrite. Go on with it (--resume), or choose "
+                "another --work-dir."
             )
         return check_start(model, read(fetch(named), trust=trust)) if named else []
     if named and present and Path(named).resolve().parent != work_dir.resolve():
-        raise ValueError(f"{holds}, that a run resumed from {str(named)!r} could overwrite. Choose another --work-dir.")
+        raise ValueError(
+            f"{_holding(work_dir, present)}, that a run resumed from {str(named)!r} could overwrite. Choose another "
+            "--work-dir."
+        )
     hook = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
     source = named or latest_checkpoint(work_dir, elsewhere=bool(hook.get("out_dir")))
     if source is None and present:
         raise ValueError(
-            f"{holds}, but none that says how far it is (iter_N.pth, epoch_N.pth): name it, --resume FILE."
+            f"{_holding(work_dir, present)}, but none that says how far it is (iter_N.pth, epoch_N.pth): name it, "
+            "--resume FILE."
         )
     if source is None:
         return [f"Nothing to resume in {str(work_dir)!r}: training starts from the beginning."]
@@ -187,6 +187,10 @@ def check_work_dir(cfg: Config, model: nn.Module, *, trust: bool = False) -> lis
     if not named:
         _check_same_experiment(cfg, checkpoint.extras["meta"].get("experiment_name", ""), source)
     return check_fits(model, checkpoint)
+
+
+def _holding(work_dir: Path, present: list[str]) -> str:
+    return f"work-dir {str(work_dir)!r} already holds {len(present)} checkpoint(s), such as {present[0]!r}"
 
 
 def _check_same_experiment(cfg: Config, experiment: str, source: str) -> None:

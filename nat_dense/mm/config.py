@@ -10,6 +10,8 @@ from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.runner import Runner
 
+from nat_dense.mm.errors import did_you_mean
+
 DISTRIBUTIONS = {"mmdet": "onedl-mmdetection", "mmseg": "onedl-mmsegmentation"}
 """The library behind each scope, by the name it is installed under."""
 
@@ -91,6 +93,4 @@ def _check_option_names(cfg: Config, options: dict[str, Any]) -> None:
     for option in options:
         key = option.split(".")[0]
         if key not in known:
-            close = get_close_matches(key, known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"--cfg-options {option}: the config has no key {key!r}.{hint}")
+            raise ValueError(f"--cfg-options {option}: the config has no key {key!r}.{did_you_mean(key, known)}")

@@ -11,7 +11,6 @@ A config (or `--cfg-options`) may set `data_checks`, a dict with:
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,13 @@ from mmengine.registry import DATASETS
 from torch.utils.data import DataLoader
 
 from nat_dense.mm.coco_file import check_categories, check_coco_file
-from nat_dense.mm.images import CHANNELS, Picture, find_bad_images, find_bad_labels, left_unread
+from nat_dense.mm.errors import did_you_mean
+from nat_dense.mm.images import CHANNELS, Picture, find_bad_images, find_bad_labels, sample
 
 CHOICES = {"images": ("sample", "all", "none"), "bad_images": ("stop", "skip"), "other_classes": ("stop", "ignore")}
 """The fields of `data_checks` and their values, the default first."""
 
-LOADER_FIELDS = ("worker_init_fn", "collate_fn", "num_batch_per_epoch", "disable_subprocess_warning")
+LOADER_FIELDS = ("num_batch_per_epoch", "disable_subprocess_warning")
 """What MMEngine's Runner takes of a dataloader beside the arguments of torch's DataLoader."""
 
 COCO_DATASET = "mmdet.datasets.coco.CocoDataset"
@@ -119,7 +119,8 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
             pictures = _find_pictures(source, checks)
             bad = find_bad_images(pictures, checks["images"], _expected_channels(cfg, source))
             warnings += _report_bad_images(source, bad, len(pictures), checks)
-            if checks["images"] == "sample" and (unread := left_unread(pictures, "sample")):
+            unread = len(pictures) - len(sample(pictures, checks["images"]))
+            if unread and checks["images"] != "none":
                 warnings.append(
                     f"{source.name}: {unread} of {len(pictures)} images were looked up but not decoded; --cfg-options "
                     "data_checks.images=all decodes every one, before training."
@@ -132,11 +133,10 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
 
 
 def _check_loader_fields(loader: dict, name: str) -> None:
-    fields = [*LOADER_FIELDS, *inspect.signature(DataLoader.__init__).parameters]
+    fields = [*LOADER_FIELDS, *inspect.signature(DataLoader).parameters]
     for field in loader:
         if field not in fields:
-            close = get_close_matches(field, fields, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(field, fields)
             raise ValueError(f"{name} has no field {field!r}.{hint} Its fields are those of torch's DataLoader.")
 
 
@@ -292,25 +292,31 @@ def _check_evaluator(cfg: Config, loader: str) -> None:
     name = loader.replace("dataloader", "evaluator")
     evaluators = cfg.get(name) or []
     sources = [s for s in _sources(cfg[loader].get("dataset"), f"{loader}.dataset") if s.reader == COCO_DATASET]
-    files = [source.path(source.argument("ann_file")) for source in sources]
     for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
         file = evaluator.get("ann_file")
         if file and "://" not in file and not Path(file).is_file():
             raise FileNotFoundError(
                 f"{name}.ann_file: no file {file!r}. Set it with --cfg-options {name}.ann_file=FILE."
             )
-        if not file or "://" in file or len(files) != 1 or not files[0].is_file() or files[0].samefile(file):
-            continue
-        known, tested = (
-            {image["id"] for image in check_coco_file(path, where, masks=False)["images"]}
-            for path, where in ((Path(file), f"{name}.ann_file"), (files[0], f"{sources[0].name}.ann_file"))
+        if file and "://" not in file and str(evaluator.get("type")).endswith("CocoMetric") and len(sources) == 1:
+            _check_same_images(Path(file), f"{name}.ann_file", sources[0])
+
+
+def _check_same_images(file: Path, name: str, source: Source) -> None:
+    """An evaluator that doesn't know the images of its dataset gives a wrong metric, or fails after an epoch."""
+    own = source.path(source.argument("ann_file"))
+    if not own.is_file() or own.samefile(file):  # in remote storage, or the usual case
+        return
+    known, tested = (
+        {image["id"] for image in check_coco_file(path, where, masks=False)["images"]}
+        for path, where in ((file, name), (own, f"{source.name}.ann_file"))
+    )
+    if not tested <= known:
+        raise ValueError(
+            f"{name}={str(file)!r} lacks {len(tested - known)} of the {len(tested)} images of "
+            f"{source.name}.ann_file={str(own)!r}, such as id {min(tested - known, key=str)!r}: the metric would be "
+            "wrong. Set both to the same file."
         )
-        if not tested <= known:
-            raise ValueError(
-                f"{name}.ann_file={file!r} lacks {len(tested - known)} of the {len(tested)} images of "
-                f"{sources[0].name}.ann_file={str(files[0])!r}, such as id {min(tested - known, key=str)!r}: the "
-                "metric would be wrong. Set both to the same file."
-            )
 
 
 def _listing(sentences: Any) -> str:

@@ -2,8 +2,9 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 
 DEBUG_VARIABLE = "NAT_DENSE_DEBUG"
 """Set this environment variable to 1 to see the traceback of every error that a command line reports."""
@@ -29,6 +30,12 @@ def one_line_errors(program: str) -> Iterator[None]:
             raise
         print(f"{program}: error: {describe(error)}\n(traceback: {DEBUG_VARIABLE}=1)", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """A sentence, a space before it, that proposes the known name nearest to a wrong one; empty if none is near."""
+    close = get_close_matches(given, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def describe(error: Exception) -> str:

@@ -41,11 +41,6 @@ def sample(pictures: Sequence[Picture], how_many: str) -> Sequence[Picture]:
     return pictures[::step] if pictures else []
 
 
-def left_unread(pictures: Sequence[Picture], how_many: str) -> int:
-    """How many of the pictures `sample` leaves out."""
-    return len(pictures) - len(sample(pictures, how_many))
-
-
 def find_bad_images(pictures: Sequence[Picture], how_many: str, channels: int) -> dict[Path, str]:
     """Finds images that can't be used. Every file is looked up, a sample is decoded.
 

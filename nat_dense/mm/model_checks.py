@@ -2,7 +2,6 @@
 
 import inspect
 import os
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nat_dense.checkpoints.names import URLS
+from nat_dense.mm.errors import did_you_mean
 from nat_dense.models.backbone import NeighborhoodBackbone
 
 TASK_OF_SCOPE = {"mmdet": "detection", "mmseg": "segmentation"}
@@ -54,8 +54,7 @@ def _check_fields(backbone: dict) -> None:
     fields = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
     for field in backbone:
         if field not in fields and field != "type":
-            close = get_close_matches(field, fields, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(field, fields)
             raise ValueError(
                 f"model.backbone: {cls.__name__} has no field {field!r}.{hint} Its fields: {', '.join(fields)}."
             )
@@ -140,9 +139,10 @@ def check_last_batch(cfg: Config, model: nn.Module) -> None:
     Raises:
         ValueError: it is.
     """
-    loader = cfg.train_dataloader
-    whole = loader.get("drop_last") or loader.get("batch_sampler")
-    if whole or not str((loader.get("sampler") or {}).get("type")).endswith("DefaultSampler"):
+    loader = cfg.get("train_dataloader")
+    if not loader or loader.get("drop_last") or loader.get("batch_sampler"):
+        return
+    if not str((loader.get("sampler") or {}).get("type")).endswith("DefaultSampler"):
         return
     name = _norm_of_one_place(model)
     if name is None:

@@ -87,7 +87,7 @@ def set_out(cfg: Config, out: str) -> None:
     """
     if Path(out).is_file():
         raise FileExistsError(f"--out {out}: there is such a file, which is not overwritten; name another.")
-    evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
+    evaluators = _test_evaluators(cfg)
     is_pickle = Path(out).suffix in (".pkl", ".pickle")
     if cfg.get("default_scope") == "mmseg":
         if is_pickle:
@@ -120,7 +120,7 @@ def enable_tta(cfg: Config) -> list[str]:
         has_masks = bool(cfg.model.get("roi_head", {}).get("mask_head"))
         if has_masks:
             cfg.model.roi_head.update(mask_head=None, mask_roi_extractor=None)
-        for evaluator in cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]:
+        for evaluator in _test_evaluators(cfg):
             if "segm" in (evaluator.get("metric") or []):
                 has_masks = True
                 evaluator.metric = "bbox"
@@ -129,6 +129,10 @@ def enable_tta(cfg: Config) -> list[str]:
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
     cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
     return notices
+
+
+def _test_evaluators(cfg: Config) -> list[ConfigDict]:
+    return cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
 
 
 def _flip_and_pack() -> dict:

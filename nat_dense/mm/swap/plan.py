@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from mmengine.config import Config
 
+from nat_dense.mm.errors import did_you_mean
 from nat_dense.mm.swap.changes import Change, changes_between
 from nat_dense.mm.swap.maps import STRIDES, FeatureMap, choose_stages, measure
 from nat_dense.mm.swap.refusals import SwapRefusedError, check_model, segments, type_name
@@ -68,8 +68,7 @@ def plan_swap(cfg: Config, backbone: str, optimizer: Literal["adamw"] | None = N
         ValueError: There is no such backbone, or the old one can't be built here.
     """
     if backbone not in BACKBONES:
-        close = get_close_matches(backbone, BACKBONES, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(backbone, BACKBONES)
         raise ValueError(f"no backbone {backbone!r}.{hint} There are: {', '.join(BACKBONES)}.")
     if optimizer not in (None, "adamw"):
         raise ValueError(f"optimizer {optimizer!r}: expected 'adamw', or None to keep the config's.")
