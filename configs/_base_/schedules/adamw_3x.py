@@ -11,6 +11,7 @@ param_scheduler = [
 # Neither the relative position biases nor the norms decay.
 optim_wrapper = dict(
     type='AmpOptimWrapper',
+    constructor='GroupedOptimWrapperConstructor',
     optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
     paramwise_cfg=dict(custom_keys=dict(rpb=dict(decay_mult=0.0), norm=dict(decay_mult=0.0))))
 
