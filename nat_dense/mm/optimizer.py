@@ -1,10 +1,131 @@
-"""Parameters that are treated alike go to the optimizer together."""
+"""An optimizer that learns from few pictures, and groups of parameters that are treated alike."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from mmengine.optim import DefaultOptimWrapperConstructor
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
-from torch import nn
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS
+from torch import Tensor, nn
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Jordan's coefficients: five rounds take singular values from 0.01 to 1 of the largest into about 0.7 - 1.2."""
+
+ROUNDS = 5
+
+
+@OPTIMIZERS.register_module()
+class MuonAdamW(torch.optim.AdamW):
+    """Muon for what multiplies vectors of features, AdamW for the rest, by one learning rate.
+
+    Muon moves a matrix by the orthogonal matrix next to its averaged gradient: all directions alike, where Adam's
+    step is mostly along the few strongest. Its step is scaled to the size of AdamW's, so that learning rate and decay
+    mean the same in both. Convolutions count as matrices [out, in * height * width].
+
+    `torch.optim.Muon` takes matrices alone, and bfloat16 also on processors that only emulate it.
+
+    Args:
+        params: Parameters or groups. A group's `muon=False` (`custom_keys` of MMEngine's `paramwise_cfg` may set it)
+            gives all of it to AdamW; otherwise its matrices and convolutions of at least 16 x 16 go to Muon. What is
+            narrower reads pictures or writes classes, for which AdamW is the usual choice.
+        lr, betas, eps, weight_decay, fused: As of `torch.optim.AdamW`; `weight_decay` is Muon's as well.
+        momentum: Share of the old average in Muon's average of the gradients.
+
+    Raises:
+        ValueError: A number is out of range.
+
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the size of the step:
+    Liu et al., "Muon is Scalable for LLM Training" (arXiv:2502.16982) section 2.2.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        momentum: float = 0.95,
+        fused: bool | None = None,
+    ):
+        if not 0.0 <= momentum < 1.0:
+            raise ValueError(f"momentum={momentum}: expected a number in [0, 1)")
+        super().__init__(_split(params), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+        self.momentum = momentum
+        self._step_supports_amp_scaling = False  # of AdamW's fused step: the scaler must unscale Muon's gradients too
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> Any:
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["muon"]]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            for parameter in group["params"] if group["muon"] else ():
+                if parameter.grad is not None:
+                    self._turn(parameter, parameter.grad, group["lr"], group["weight_decay"])
+        return loss
+
+    def _turn(self, parameter: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["step"] = torch.tensor(0.0)  # which AdamW looks for in every state that it loads
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        average = state["momentum_buffer"].lerp_(gradient, 1 - self.momentum)
+        ahead = torch.lerp(gradient, average, self.momentum)  # Nesterov's
+        step = orthogonalized(ahead.flatten(1)).to(parameter.dtype).view_as(ahead)
+        parameter.mul_(1 - lr * weight_decay)
+        parameter.add_(step, alpha=-lr * 0.2 * max(len(ahead), ahead[0].numel()) ** 0.5)
+
+
+def orthogonalized(matrix: Tensor) -> Tensor:
+    """The orthogonal matrix next to a matrix [m, n], roughly: singular values of 0.7 - 1.2 where they are not tiny.
+
+    Returns:
+        [m, n], in bfloat16 where the device multiplies it natively, otherwise in float32.
+
+    Source: Jordan et al. (2024), the quintic iteration of Newton and Schulz.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrix.to(torch.bfloat16 if _multiplies_bfloat16(matrix.device) else torch.float32)
+    tall = len(matrix) > matrix.shape[1]
+    x = x.t() if tall else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(ROUNDS):
+        gram = x @ x.t()
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.t() if tall else x
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.12
+    return device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def _split(params: Iterable[Any]) -> list[dict]:
+    """Each group as two: what goes to Muon, and what doesn't."""
+    groups: list[Any] = list(params)
+    if groups and not isinstance(groups[0], dict):
+        groups = [dict(params=groups)]
+    found = []
+    for group in groups:
+        members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        for muon in (True, False):
+            part = [p for p in members if muon is (group.get("muon", True) and _is_hidden_matrix(p))]
+            if part:
+                found.append(group | dict(params=part, muon=muon))
+    return found
+
+
+def _is_hidden_matrix(parameter: Tensor) -> bool:
+    return parameter.dim() in (2, 4) and min(len(parameter), parameter[0].numel()) >= 16
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
