@@ -21,7 +21,12 @@ model = dict(
 
 default_hooks = dict(
     logger=dict(interval=20, log_metric_by_epoch=False),
-    checkpoint=dict(interval=850, by_epoch=False, max_keep_ckpts=2))
+    checkpoint=dict(interval=1000, by_epoch=False, max_keep_ckpts=2))
 log_processor = dict(window_size=20, by_epoch=False)
 
-optim_wrapper = dict(optimizer=dict(lr=6e-3))
+# An iteration takes two thirds of a detector's: as long in all.
+train_cfg = dict(max_iters=4000, val_interval=1000)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
+    dict(type='CosineAnnealingLR', eta_min=0.0, by_epoch=False, begin=50, end=4000),
+]

@@ -11,9 +11,7 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS
 from torch import Tensor, nn
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Jordan's coefficients: five rounds take singular values from 0.01 to 1 of the largest into about 0.7 - 1.2."""
-
-ROUNDS = 5
+"""Jordan's coefficients: five steps take singular values from 0.01 to 1 of the largest into about 0.7 - 1.2."""
 
 
 @OPTIMIZERS.register_module()
@@ -32,6 +30,7 @@ class MuonAdamW(torch.optim.AdamW):
             narrower reads pictures or writes classes, for which AdamW is the usual choice.
         lr, betas, eps, weight_decay, fused: As of `torch.optim.AdamW`; `weight_decay` is Muon's as well.
         momentum: Share of the old average in Muon's average of the gradients.
+        ns_steps: Steps of the iteration that makes a matrix orthogonal; fewer cost less and leave weak directions weak.
 
     Raises:
         ValueError: A number is out of range.
@@ -48,12 +47,15 @@ class MuonAdamW(torch.optim.AdamW):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         momentum: float = 0.95,
+        ns_steps: int = 5,
         fused: bool | None = None,
     ):
         if not 0.0 <= momentum < 1.0:
             raise ValueError(f"momentum={momentum}: expected a number in [0, 1)")
+        if ns_steps < 1:
+            raise ValueError(f"ns_steps={ns_steps}: expected a number >= 1")
         super().__init__(_split(params), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
-        self.momentum = momentum
+        self.momentum, self.ns_steps = momentum, ns_steps
         self._step_supports_amp_scaling = False  # of AdamW's fused step: the scaler must unscale Muon's gradients too
 
     @torch.no_grad()
@@ -78,13 +80,17 @@ class MuonAdamW(torch.optim.AdamW):
         state["step"] += 1
         average = state["momentum_buffer"].lerp_(gradient, 1 - self.momentum)
         ahead = torch.lerp(gradient, average, self.momentum)  # Nesterov's
-        step = orthogonalized(ahead.flatten(1)).to(parameter.dtype).view_as(ahead)
+        step = orthogonalized(ahead.flatten(1), self.ns_steps).to(parameter.dtype).view_as(ahead)
         parameter.mul_(1 - lr * weight_decay)
         parameter.add_(step, alpha=-lr * 0.2 * max(len(ahead), ahead[0].numel()) ** 0.5)
 
 
-def orthogonalized(matrix: Tensor) -> Tensor:
+def orthogonalized(matrix: Tensor, steps: int = 5) -> Tensor:
     """The orthogonal matrix next to a matrix [m, n], roughly: singular values of 0.7 - 1.2 where they are not tiny.
+
+    Args:
+        matrix: [m, n].
+        steps: Of the iteration.
 
     Returns:
         [m, n], in bfloat16 where the device multiplies it natively, otherwise in float32.
@@ -96,7 +102,7 @@ def orthogonalized(matrix: Tensor) -> Tensor:
     tall = len(matrix) > matrix.shape[1]
     x = x.t() if tall else x
     x = x / x.norm().clamp(min=1e-7)
-    for _ in range(ROUNDS):
+    for _ in range(steps):
         gram = x @ x.t()
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.t() if tall else x
