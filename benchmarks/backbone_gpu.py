@@ -2,6 +2,7 @@
 
 python benchmarks/backbone_gpu.py                                  compiled, bfloat16, 800x1216, batch 8
 python benchmarks/backbone_gpu.py --dtype float16 --eager
+python benchmarks/backbone_gpu.py --graphs                         without the time that launching takes
 
 Forward passes are in eval mode without gradients, steps are forward and backward in training mode, both under autocast.
 All train with the same stochastic depth. NAT needs mmengine, Swin and ConvNeXt need timm: a contestant that can't be
@@ -82,7 +83,7 @@ def measure(name: str, build: Callable[[], nn.Module], images: Tensor, dtype: to
     model = build().cuda()
     if "channels last" in name:
         images = images.contiguous(memory_format=torch.channels_last)
-    called = model if args.eager else torch.compile(model)
+    called = model if args.eager else torch.compile(model, mode="reduce-overhead" if args.graphs else None)
     row: dict = {"backbone": name, "M parameters": sum(p.numel() for p in model.parameters()) / 1e6}
     for label, make, training in (("forward", forward, False), ("step", step, True)):
         model.train(training)
@@ -101,7 +102,9 @@ def main() -> None:
     parser.add_argument("--size", default="800x1216", help="height x width in pixels")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--eager", action="store_true", help="without torch.compile")
+    how.add_argument("--graphs", action="store_true", help="compiled into CUDA graphs, so that launches cost nothing")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=300, help="nothing new is started after this time")
     parser.add_argument("--json", help="where to write the figures")
@@ -128,7 +131,7 @@ def main() -> None:
         for label in ("forward", "step"):
             row[f"{label} / {first['backbone']}"] = row[f"{label} images/s"] / first[f"{label} images/s"]
     if rows:
-        how = "eager" if args.eager else "compiled"
+        how = "eager" if args.eager else "CUDA graphs" if args.graphs else "compiled"
         show(f"batch {args.batch}, {args.size}, {args.dtype} autocast, {how}", rows)
     save(args.json, {"gpu": gpu(), "size": args.size, "batch": args.batch, "dtype": args.dtype, "rows": rows})
 

@@ -102,9 +102,12 @@ class Stage:
 
         return attend
 
-    def swin(self, fused: bool) -> Attend:
+    def swin(self, fused: bool, compiled: bool = False) -> Attend:
         windows = SwinWindows(self.size, window=KERNEL, shift=KERNEL // 2, fused=fused, device="cuda")
-        return lambda qkv, rpb: windows(qkv, rpb)
+        if compiled:
+            torch.compiler.reset()
+            return torch.compile(windows.__call__, dynamic=False)
+        return windows
 
     def natten(self, fused: bool) -> Attend:
         """NATTEN, which has no bias: its fused kernels, or its path through compiled flex_attention."""
@@ -144,6 +147,7 @@ def contestants(stage: Stage) -> dict[str, Callable[[], Attend]]:
         "the same without bias": lambda: stage.ours("triton", with_bias=False),
         "flex_attention, compiled": stage.flex,
         "Swin windows, SDPA": lambda: stage.swin(fused=True),
+        "Swin windows, SDPA, compiled": lambda: stage.swin(fused=True, compiled=True),
         "Swin windows, unfused": lambda: stage.swin(fused=False),
         "NATTEN fused, no bias": lambda: stage.natten(fused=True),
         "NATTEN flex compiled, no bias": lambda: stage.natten(fused=False),

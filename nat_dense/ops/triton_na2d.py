@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
@@ -27,11 +27,18 @@ TILES: dict[str, Pair] = {"8x8": (8, 8), "16x4": (16, 4), "4x8": (4, 8), "4x4": 
 
 VARIANTS = tuple(TILES)
 
+KERNELS = ("forward", "query_gradient", "key_gradient")
+
 WIDE_TOKEN = 128
 """Bytes of a head's channels from which on a program of usual size runs out of registers."""
 
-LOAD_COST = 64
-"""What loading a token costs a program, in pairs of a query and a key that it could have computed instead."""
+TUNED_TOKEN = 64
+TUNED = {"forward": (3, 128), "query_gradient": (2, 168), "key_gradient": (1, 168)}
+"""Stages and registers that were fastest on an H100 for tokens of 32 channels in two bytes each."""
+
+LOAD_COST = 48
+"""What loading a token costs a program, in pairs of a query and a key that it could have computed instead; of the times
+of tiles on an H100."""
 
 
 # --- what runs --------------------------------------------------------------------------------------------------------
@@ -96,23 +103,32 @@ class Tile:
         owned: Tokens that it computes.
         block: Tokens of the other side that it takes at a time.
         warps: Of 32 threads.
+        stages: Blocks that are on their way at a time.
+        registers: Most that a thread may have, or None: fewer let more programs run side by side.
     """
 
     owned: Pair
     block: Pair
     warps: int
+    stages: int = 1
+    registers: int | None = None
 
     @classmethod
-    def of(cls, owned: Pair, token_bytes: int, itemsize: int) -> Tile:
+    def of(cls, kernel: str, owned: Pair, token_bytes: int, itemsize: int) -> Tile:
         """The block is as large as registers allow; in float32 products take each operand in two halves.
 
         Args:
+            kernel: One of `KERNELS`.
             token_bytes: Of a head's channels, filled up to a power of two.
             itemsize: Bytes of a number.
         """
-        wide = token_bytes > WIDE_TOKEN
-        block = (4, 16) if itemsize == 2 and not wide else (4, 8)
-        return cls(owned, block, warps=math.prod(owned) // (8 if wide else 16))
+        tokens, wide = math.prod(owned), token_bytes > WIDE_TOKEN
+        tile = cls(owned, (4, 16) if itemsize == 2 and not wide else (4, 8), warps=tokens // (8 if wide else 16))
+        if itemsize == 2 and token_bytes <= TUNED_TOKEN:
+            stages, registers = TUNED[kernel]
+            block = (2, 16) if kernel == "forward" and tokens == 32 else tile.block
+            return replace(tile, block=block, stages=stages, registers=registers)
+        return replace(tile, stages=2 if kernel == "forward" else 1)
 
     def cost(self, members: Pair, kernel_size: Pair) -> int:
         """Of all queries of a dilation group of `members` tokens, in pairs of a query and a key."""
@@ -132,9 +148,9 @@ def _blocks(members: int, kernel: int, owned: int, block: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_tile(members: Pair, kernel_size: Pair, token_bytes: int, itemsize: int) -> Tile:
+def choose_tile(kernel: str, members: Pair, kernel_size: Pair, token_bytes: int, itemsize: int) -> Tile:
     """The cheapest of `TILES` for dilation groups of `members` tokens; the other arguments are those of `Tile.of`."""
-    tiles = [Tile.of(owned, token_bytes, itemsize) for owned in TILES.values()]
+    tiles = [Tile.of(kernel, owned, token_bytes, itemsize) for owned in TILES.values()]
     return min(tiles, key=lambda tile: tile.cost(members, kernel_size))
 
 
@@ -150,51 +166,89 @@ def _cdiv(a: int, b: int) -> int:
 # --- launches ---------------------------------------------------------------------------------------------------------
 
 
-class _Launch:
-    """What the kernels of one call share."""
+@dataclass(frozen=True)
+class Launch:
+    """What a kernel is called with besides tensors.
 
-    def __init__(self, query: Tensor, kernel_size: Pair, dilation: Pair, scale: float, variant: str):
-        batch, height, width, heads, dim = query.shape
-        block_d = max(16, _power_of_two(dim))
-        sizes = block_d * query.element_size(), query.element_size()
-        size, groups = (height, width), math.prod(min(n, d) for n, d in zip((height, width), dilation, strict=True))
-        members = (_cdiv(height, dilation[0]), _cdiv(width, dilation[1]))
-        tile = Tile.of(TILES[variant], *sizes) if variant else choose_tile(members, kernel_size, *sizes)
-        tiles = tuple(_cdiv(n, owned) for n, owned in zip(members, tile.owned, strict=True))
-        self.programs_per_head = batch * groups * math.prod(tiles)
-        self.grid = (self.programs_per_head * heads,)
-        self.is_padded = completed_size(size, kernel_size, dilation) != size
-        self.arguments = {
-            "height": height,
-            "width": width,
-            "heads": heads,
-            "dilation": dilation,
-            "tiles_h": tiles[0],
-            "tiles_w": tiles[1],
-            "scale": scale * math.log2(math.e),
-            "KERNEL": kernel_size,
-            "TILE": tile.owned,
-            "BLOCK": tile.block,
-            "BINS": tuple(max(16, _power_of_two(2 * k - 1)) for k in kernel_size),
-            "DIM": dim,
-            "BLOCK_D": block_d,
-            "PRECISION": _precision(query),
-            "num_warps": tile.warps,
-        }
+    Attributes:
+        grid: Programs.
+        programs_per_head: A head's share of them.
+        idle: Whether some programs have no tokens, because groups differ in size.
+        is_padded: Whether the map is completed to hold a window.
+        arguments: By name; not to be changed, since calls share them.
+    """
+
+    grid: tuple[int]
+    programs_per_head: int
+    idle: bool
+    is_padded: bool
+    arguments: dict
+
+    @classmethod
+    def of(cls, kernel: str, query: Tensor, kernel_size: Pair, dilation: Pair, scale: float, variant: str) -> Launch:
+        precision = _precision(query.dtype)
+        return _launch(kernel, query.shape, query.element_size(), precision, kernel_size, dilation, scale, variant)
 
     def pads(self, query: Tensor, *pads: Tensor | None) -> list[Tensor | None]:
         """The padded tokens in the dtype of the others; None where the map holds a window."""
         return [None if t is None or not self.is_padded else t.to(query.dtype).contiguous() for t in pads]
 
 
-def _precision(query: Tensor) -> str:
+@functools.lru_cache(maxsize=4096)
+def _launch(
+    kernel: str,
+    shape: tuple[int, ...],
+    itemsize: int,
+    precision: str,
+    kernel_size: Pair,
+    dilation: Pair,
+    scale: float,
+    variant: str,
+) -> Launch:
+    """Kept, since a training step has a launch for each layer and the GPU should not wait for this."""
+    batch, height, width, heads, dim = shape
+    block_d = max(16, _power_of_two(dim))
+    token = block_d * itemsize, itemsize
+    size, groups = (height, width), tuple(min(n, d) for n, d in zip((height, width), dilation, strict=True))
+    members = (_cdiv(height, dilation[0]), _cdiv(width, dilation[1]))
+    tile = Tile.of(kernel, TILES[variant], *token) if variant else choose_tile(kernel, members, kernel_size, *token)
+    tiles = tuple(_cdiv(n, owned) for n, owned in zip(members, tile.owned, strict=True))
+    fewest = tuple(_cdiv(n // g, owned) for n, g, owned in zip(size, groups, tile.owned, strict=True))
+    programs_per_head = batch * math.prod(groups) * math.prod(tiles)
+    arguments = {
+        "height": height,
+        "width": width,
+        "heads": heads,
+        "dilation": dilation,
+        "tiles_h": tiles[0],
+        "tiles_w": tiles[1],
+        "scale": scale * math.log2(math.e),
+        "KERNEL": kernel_size,
+        "TILE": tile.owned,
+        "BLOCK": tile.block,
+        "BINS": tuple(max(16, _power_of_two(2 * k - 1)) for k in kernel_size),
+        "DIM": dim,
+        "BLOCK_D": block_d,
+        "PRECISION": precision,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        "maxnreg": tile.registers,
+    }
+    is_padded = completed_size(size, kernel_size, dilation) != size
+    return Launch((programs_per_head * heads,), programs_per_head, fewest != tiles, is_padded, arguments)
+
+
+def _precision(dtype: torch.dtype) -> str:
     """Of products of float32: tf32 where torch's own matrix products may use it, else three of them for one.
 
     Three products of tf32 halves have an error like float32's. Triton's products in true float32 run outside the
-    matrix units, which takes far more registers than a program has.
+    matrix units, which takes far more registers than a program has. With tokens in two bytes the only such products
+    are sums of rounded numbers.
     """
-    if query.dtype is torch.bfloat16 and interpreted():
+    if dtype is torch.bfloat16 and interpreted():
         return "widened"
+    if dtype is not torch.float32:
+        return "tf32"
     matmul = torch.backends.cuda.matmul
     if hasattr(matmul, "fp32_precision"):  # torch >= 2.9; reading the older setting may raise there
         return "tf32" if matmul.fp32_precision == "tf32" else "tf32x3"
@@ -206,8 +260,7 @@ def _strides(**tensors: Tensor) -> dict[str, tuple[int, ...]]:
 
 
 def _bias(rpb: Tensor | None) -> Tensor | None:
-    """For logits in powers of two."""
-    return None if rpb is None else (rpb.float() * math.log2(math.e)).contiguous()
+    return None if rpb is None else rpb.float().contiguous()
 
 
 def forward(
@@ -223,7 +276,7 @@ def forward(
     variant: str = "",
 ) -> tuple[Tensor, Tensor]:
     """As `reference.forward`, with the tile of `variant`."""
-    launch = _Launch(query, kernel_size, dilation, scale, variant)
+    launch = Launch.of("forward", query, kernel_size, dilation, scale, variant)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:4], dtype=torch.float32, device=query.device)
     pads = launch.pads(query, pad_key, pad_value)
@@ -238,7 +291,6 @@ def forward(
             lse,
             **_strides(query=query, key=key, value=value),
             **launch.arguments,
-            num_stages=2,
         )
     return out, lse
 
@@ -259,17 +311,20 @@ def backward(
     variant: str = "",
 ) -> tuple[Tensor | None, ...]:
     """As `reference.backward`, with the tile of `variant`; the same bits in every run."""
-    launch = _Launch(query, kernel_size, dilation, scale, variant)
+    launch, key_launch = (
+        Launch.of(kernel, query, kernel_size, dilation, scale, variant) for kernel in ("query_gradient", "key_gradient")
+    )
     heads, dim = query.shape[3:]
     bias, out, lse = _bias(rpb), out.contiguous(), lse.contiguous()
     pads = launch.pads(query, pad_key, pad_value)
     gradients = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value)]
-    delta = torch.empty_like(lse)
+    stats = torch.empty(*lse.shape, 2, dtype=torch.float32, device=query.device)
     entries = [2 * k - 1 for k in kernel_size]
 
     def sums(*shape: int) -> Tensor:
-        """Parts of programs, which those beyond a small group leave at zero."""
-        return torch.zeros(launch.programs_per_head, heads, *shape, dtype=torch.float32, device=query.device)
+        """Parts of programs; idle ones write none."""
+        make = torch.zeros if launch.idle else torch.empty
+        return make(launch.programs_per_head, heads, *shape, dtype=torch.float32, device=query.device)
 
     bias_sums = None if bias is None else sums(*entries)
     pad_sums = sums(2, dim) if launch.is_padded else None
@@ -285,27 +340,24 @@ def backward(
             out,
             lse,
             gradients[0],
-            delta,
+            stats,
             bias_sums,
             pad_sums,
             **strides,
             **launch.arguments,
             grad_scale=scale,
-            num_stages=1,
         )
-        _kernels().key_gradient_kernel[launch.grid](
+        _kernels().key_gradient_kernel[key_launch.grid](
             grad_out,
             query,
             key,
             value,
             bias,
-            lse,
-            delta,
+            stats,
             *gradients[1:],
             **strides,
-            **launch.arguments,
+            **key_launch.arguments,
             grad_scale=scale,
-            num_stages=1,
         )
     grad_rpb = None if rpb is None or bias_sums is None else bias_sums.sum(0).to(rpb.dtype)
     if pad_sums is None:

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from nat_dense.ops import backend_report, na2d, triton_na2d
 from nat_dense.ops.problem import Problem
+from nat_dense.ops.reference import window_indices
 from tests.ops.cases import Case
-from tests.ops.test_cpu import assert_close
+from tests.ops.test_cpu import assert_close, errors
 from tests.ops.test_triton import named
 
 REASON = (
@@ -28,8 +30,9 @@ FULL = (
     Case("largest window and head", (40, 70), (13, 13), (1, 2), heads=2, dim=128),
     Case("smallest window, odd head", (65, 67), (3, 3), (2, 3), heads=3, dim=40, strided=True),
 )
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-6, torch.float16: 2**-8}
-"""Of the largest of millions of values; weights and gradients of logits are rounded to the tokens' dtype."""
+TOLERANCE = {torch.float32: 1e-4} | {d: 6 * torch.finfo(d).eps for d in (torch.bfloat16, torch.float16)}
+"""Of the largest of millions of values. Weights, the output and gradients of logits are rounded to the tokens' dtype as
+in torch's own fused attention, which `test_as_exact_as_torch` holds the kernels against."""
 
 
 def run(case: Case, dtype: torch.dtype, backend: str, rounded: torch.dtype) -> dict[str, torch.Tensor]:
@@ -49,6 +52,38 @@ def test_equals_reference_in_float64(case, dtype):
     if case.padded and dtype is not torch.float32:  # gradients of logits cancel where most keys are the padded one
         found, wanted = ({name: each[name] for name in ("out", "value", "pad_value")} for each in (found, wanted))
     assert_close(found, wanted, TOLERANCE[dtype])
+
+
+def through_torch(case: Case, dtype: torch.dtype, device: str = "cuda") -> dict[str, torch.Tensor]:
+    """Output and gradients of torch's fused attention, with window and bias in its mask."""
+    tensors = {n: None if t is None else t.detach() for n, t in case.tensors(dtype, device=device).items()}
+    windows = (
+        window_indices(n, k, d, device) for n, k, d in zip(case.size, case.kernel_size, case.dilation, strict=True)
+    )
+    (rows, row_bias), (columns, column_bias) = windows
+    (height, width), heads = case.size, case.heads
+    mask = torch.full((heads, height * width, height * width), -torch.inf, dtype=dtype, device=device)
+    keys = rows[:, None, :, None] * width + columns[None, :, None, :]  # [H, W, kernel rows, kernel columns]
+    biases = tensors["rpb"][:, row_bias[:, None, :, None], column_bias[None, :, None, :]]
+    mask.scatter_(
+        2, keys.reshape(1, height * width, -1).expand(heads, -1, -1), biases.reshape(heads, height * width, -1)
+    )
+    leaves = {name: tensors[name].requires_grad_() for name in ("query", "key", "value")}
+    query, key, value = (t.flatten(1, 2).transpose(1, 2) for t in leaves.values())
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[None])
+    out = out.transpose(1, 2).unflatten(1, case.size)
+    gradients = torch.autograd.grad(out, leaves.values(), tensors["grad_out"])
+    return {"out": out.detach()} | dict(zip(leaves, gradients, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", [STAGES[4], STAGES[6]], ids=lambda case: case.name)
+def test_as_exact_as_torch(case, dtype):
+    exact, found = run(case, torch.float64, "reference", dtype), run(case, dtype, "triton", dtype)
+    fused = through_torch(case, dtype)
+    wanted = {name: exact[name] for name in fused}
+    ours, theirs = errors({name: found[name] for name in fused}, wanted), errors(fused, wanted)
+    assert all(ours[name] < 1.25 * theirs[name] for name in fused), (ours, theirs)
 
 
 def test_tf32_is_used_only_where_torch_may_use_it():

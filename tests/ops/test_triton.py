@@ -168,10 +168,11 @@ def test_float32_bias_with_bfloat16_tokens():
 
 
 def test_tiles_follow_the_group():
-    """Big groups take 64 tokens a program, groups of a few tokens no more than they have."""
-    assert choose_tile((200, 304), (7, 7), 64, 2).owned == (8, 8)
-    assert choose_tile((2, 2), (7, 7), 64, 2).owned == (4, 4)
-    assert choose_tile((64, 64), (13, 13), 64, 2).owned == (16, 4)  # 16 columns of keys are one block
+    """Big groups take many tokens a program, groups of a few tokens no more than they have."""
+    assert choose_tile("forward", (200, 304), (7, 7), 64, 2).owned == (4, 8)
+    assert choose_tile("key_gradient", (200, 304), (7, 7), 64, 2).owned == (8, 8)
+    assert choose_tile("forward", (2, 2), (7, 7), 64, 2).owned == (4, 4)
+    assert choose_tile("forward", (64, 64), (13, 13), 64, 2).owned == (16, 4)  # 16 columns of keys are one block
 
 
 def test_cost_counts_the_blocks_of_every_tile():
@@ -182,15 +183,32 @@ def test_cost_counts_the_blocks_of_every_tile():
     assert tile.cost((24, 24), (7, 7)) == rows * columns * pairs_of_a_block
 
 
+@pytest.mark.parametrize("kernel", triton_na2d.KERNELS)
 @pytest.mark.parametrize("variant", triton_na2d.VARIANTS)
 @pytest.mark.parametrize("token_bytes", [64, 256])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_tiles_fill_the_matrix_units(variant, token_bytes, itemsize):
-    """Products need 16 on each side: pairs of rows, and pairs of columns, when the bias's gradient is summed."""
-    tile = Tile.of(triton_na2d.TILES[variant], token_bytes, itemsize)
-    assert tile.owned[0] * tile.block[0] >= 16
-    assert tile.owned[1] * tile.block[1] >= 16
+def test_tiles_fill_the_matrix_units(kernel, variant, token_bytes, itemsize):
+    """Products need 16 on each side: tokens, and pairs of rows and of columns where the bias's gradient is summed."""
+    tile = Tile.of(kernel, triton_na2d.TILES[variant], token_bytes, itemsize)
+    assert tile.owned[0] * tile.owned[1] >= 16
+    assert tile.block[0] * tile.block[1] >= 16
+    if kernel == "query_gradient":
+        assert tile.owned[0] * tile.block[0] >= 16
+        assert tile.owned[1] * tile.block[1] >= 16
     assert tile.warps == tile.owned[0] * tile.owned[1] // (16 if token_bytes == 64 else 8)
+
+
+def test_programs_without_tokens_are_known():
+    """Their sums must be zero; all others write theirs."""
+
+    def idle(size: tuple[int, int], dilation: tuple[int, int]) -> bool:
+        query = torch.empty(1, *size, 1, 16)
+        return triton_na2d.Launch.of("query_gradient", query, (3, 3), dilation, 1.0, "8x8").idle
+
+    assert not idle((25, 41), (1, 1))
+    assert not idle((25, 41), (8, 3))  # groups of 3 or 4 and 13 or 14 tokens
+    assert idle((17, 40), (2, 1))  # groups of 9 and 8
+    assert not idle((2, 3), (5, 5))  # groups of one token
 
 
 @pytest.mark.parametrize(

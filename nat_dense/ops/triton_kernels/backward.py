@@ -37,7 +37,7 @@ def query_gradient_kernel(
     out,
     lse,
     grad_query,
-    delta,
+    stats,
     bias_sums,
     pad_sums,
     grad_out_strides,
@@ -65,7 +65,7 @@ def query_gradient_kernel(
     Args:
         grad_out: Like `out`, with strides of its own.
         grad_query: Written; like `out`.
-        delta: Written; float32 [B, H, W, heads], the products of `grad_out` and `out`.
+        stats: Written; float32 [B, H, W, heads, 2]: `lse` times log2 e, and the products of `grad_out` and `out`.
         bias_sums: Written; float32 [programs / heads, heads, 2 * rows - 1, 2 * columns - 1].
         pad_sums: Written; float32 [programs / heads, heads, 2, DIM], for the padded key and the padded value.
         grad_scale: The scale without log2 e.
@@ -76,16 +76,16 @@ def query_gradient_kernel(
         return
     queries = places(first, TILE)
     valid = within(queries, members)
-    q_pointers = token_pointers(query, batch, head, group, queries, dilation, query_strides)
+    q_pointers = token_pointers(query, batch, head, group, first, TILE, dilation, query_strides)
     q = load_tokens(q_pointers, valid, DIM, BLOCK_D)
-    g_pointers = token_pointers(grad_out, batch, head, group, queries, dilation, grad_out_strides)
+    g_pointers = token_pointers(grad_out, batch, head, group, first, TILE, dilation, grad_out_strides)
     g = load_tokens(g_pointers, valid, DIM, BLOCK_D)
-    out_pointers = token_pointers(out, batch, head, group, queries, dilation, contiguous_strides(shape, DIM))
+    out_pointers = token_pointers(out, batch, head, group, first, TILE, dilation, contiguous_strides(shape, DIM))
     d = tl.sum(g.to(tl.float32) * load_tokens(out_pointers, valid, DIM, BLOCK_D).to(tl.float32), 1)
-    delta_pointers = token_pointers(delta, batch, head, group, queries, dilation, contiguous_strides(shape, 1))
-    tl.store(delta_pointers, d, mask=valid)
-    lse_pointers = token_pointers(lse, batch, head, group, queries, dilation, contiguous_strides(shape, 1))
+    lse_pointers = token_pointers(lse, batch, head, group, first, TILE, dilation, contiguous_strides(shape, 1))
     log_sum = tl.load(lse_pointers, mask=valid, other=float("inf")) * LOG2_E  # beyond the group all weights are 0
+    stats_pointers = token_pointers(stats, batch, head, group, first, TILE, dilation, contiguous_strides(shape, 2))
+    tl.store(stats_pointers[:, None] + tl.arange(0, 2)[None, :], tl.join(log_sum, d), mask=valid[:, None])
 
     mixed = tl.full([TILE[0] * TILE[1], BLOCK_D], 0.0, tl.float32)
     sums = tl.full([BINS[0], BINS[1]], 0.0, tl.float32)
@@ -96,37 +96,38 @@ def query_gradient_kernel(
     else:
         table = None
     low, end = key_box(first, members, KERNEL, TILE)
-    across = tl.cdiv(end[1] - low[1], BLOCK[1])
-    for block in range(tl.cdiv(end[0] - low[0], BLOCK[0]) * across):
-        block_h, block_w = low[0] + block // across * BLOCK[0], low[1] + block % across * BLOCK[1]
-        keys = places((block_h, block_w), BLOCK)
-        real = within(keys, members)
-        k_pointers = token_pointers(key, batch, head, group, keys, dilation, key_strides)
-        k = complete(load_tokens(k_pointers, real, DIM, BLOCK_D), real, pad_key, head, DIM, BLOCK_D)
-        v_pointers = token_pointers(value, batch, head, group, keys, dilation, value_strides)
-        v = complete(load_tokens(v_pointers, real, DIM, BLOCK_D), real, pad_value, head, DIM, BLOCK_D)
-        logits = logits_of(
-            dot(q, tl.trans(k), PRECISION),
-            (keys[0][None, :], keys[1][None, :]),
-            (queries[0][:, None], queries[1][:, None]),
-            members,
-            table,
-            scale,
-            KERNEL,
-            BINS,
-        )
-        weights = tl.exp2(logits - log_sum[:, None])
-        grad_logits = weights * (dot(g, tl.trans(v), PRECISION) - d[:, None])
-        rounded = grad_logits.to(k.dtype)
-        mixed += dot(rounded, k, PRECISION)
-        if bias is not None:
-            bin_h, bin_w = block_h - first[0] + KERNEL[0] - 1, block_w - first[1] + KERNEL[1] - 1
-            sums += sums_by_offset(rounded, bin_h, bin_w, TILE, BLOCK, BINS, PRECISION)
-        if pad_key is not None:
-            padded_weight += tl.sum(tl.where(real[None, :], 0.0, weights), 1)
-            padded_grad += tl.sum(tl.where(real[None, :], 0.0, grad_logits), 1)
+    for block_w in range(low[1], end[1], BLOCK[1]):
+        for block_h in range(low[0], end[0], BLOCK[0]):
+            corner = (block_h, block_w)
+            keys = places(corner, BLOCK)
+            real = within(keys, members)
+            k_pointers = token_pointers(key, batch, head, group, corner, BLOCK, dilation, key_strides)
+            k = complete(load_tokens(k_pointers, real, DIM, BLOCK_D), real, pad_key, head, DIM, BLOCK_D)
+            v_pointers = token_pointers(value, batch, head, group, corner, BLOCK, dilation, value_strides)
+            v = complete(load_tokens(v_pointers, real, DIM, BLOCK_D), real, pad_value, head, DIM, BLOCK_D)
+            logits = logits_of(
+                dot(q, tl.trans(k), PRECISION),
+                (keys[0][None, :], keys[1][None, :]),
+                (queries[0][:, None], queries[1][:, None]),
+                members,
+                table,
+                scale,
+                log_sum[:, None],
+                KERNEL,
+                BINS,
+            )
+            weights = tl.exp2(logits)
+            grad_logits = weights * (dot(g, tl.trans(v), PRECISION) - d[:, None])
+            rounded = grad_logits.to(k.dtype)
+            mixed += dot(rounded, k, PRECISION)
+            if bias is not None:
+                bin_h, bin_w = block_h - first[0] + KERNEL[0] - 1, block_w - first[1] + KERNEL[1] - 1
+                sums += sums_by_offset(rounded, bin_h, bin_w, TILE, BLOCK, BINS, PRECISION)
+            if pad_key is not None:
+                padded_weight += tl.sum(tl.where(real[None, :], 0.0, weights), 1)
+                padded_grad += tl.sum(tl.where(real[None, :], 0.0, grad_logits), 1)
 
-    out_pointers = token_pointers(grad_query, batch, head, group, queries, dilation, contiguous_strides(shape, DIM))
+    out_pointers = token_pointers(grad_query, batch, head, group, first, TILE, dilation, contiguous_strides(shape, DIM))
     store_tokens(out_pointers, valid, mixed * grad_scale, DIM, BLOCK_D)
     program = tl.program_id(0).to(tl.int64)
     if bias is not None:
@@ -185,8 +186,7 @@ def key_gradient_kernel(
     key,
     value,
     bias,
-    lse,
-    delta,
+    stats,
     grad_key,
     grad_value,
     grad_out_strides,
@@ -221,9 +221,9 @@ def key_gradient_kernel(
         return
     keys = places(first, TILE)
     valid = within(keys, members)
-    k_pointers = token_pointers(key, batch, head, group, keys, dilation, key_strides)
+    k_pointers = token_pointers(key, batch, head, group, first, TILE, dilation, key_strides)
     k = load_tokens(k_pointers, valid, DIM, BLOCK_D)
-    v_pointers = token_pointers(value, batch, head, group, keys, dilation, value_strides)
+    v_pointers = token_pointers(value, batch, head, group, first, TILE, dilation, value_strides)
     v = load_tokens(v_pointers, valid, DIM, BLOCK_D)
 
     grad_k = tl.full([TILE[0] * TILE[1], BLOCK_D], 0.0, tl.float32)
@@ -236,34 +236,38 @@ def key_gradient_kernel(
     last_h, last_w = tl.minimum(first[0] + TILE[0], members[0]) - 1, tl.minimum(first[1] + TILE[1], members[1]) - 1
     low_h, end_h = viewers(first[0], last_h, members[0], full[0], KERNEL[0])
     low_w, end_w = viewers(first[1], last_w, members[1], full[1], KERNEL[1])
-    across = tl.cdiv(end_w - low_w, BLOCK[1])
-    for block in range(tl.cdiv(end_h - low_h, BLOCK[0]) * across):
-        queries = places((low_h + block // across * BLOCK[0], low_w + block % across * BLOCK[1]), BLOCK)
-        real = within(queries, members)
-        q_pointers = token_pointers(query, batch, head, group, queries, dilation, query_strides)
-        q = load_tokens(q_pointers, real, DIM, BLOCK_D)
-        g_pointers = token_pointers(grad_out, batch, head, group, queries, dilation, grad_out_strides)
-        g = load_tokens(g_pointers, real, DIM, BLOCK_D)
-        lse_pointers = token_pointers(lse, batch, head, group, queries, dilation, contiguous_strides(shape, 1))
-        log_sum = tl.load(lse_pointers, mask=real, other=float("inf")) * LOG2_E  # beyond the group all weights are 0
-        delta_pointers = token_pointers(delta, batch, head, group, queries, dilation, contiguous_strides(shape, 1))
-        d = tl.load(delta_pointers, mask=real, other=0.0)
-        logits = logits_of(
-            dot(k, tl.trans(q), PRECISION),
-            (keys[0][:, None], keys[1][:, None]),
-            (queries[0][None, :], queries[1][None, :]),
-            members,
-            table,
-            scale,
-            KERNEL,
-            BINS,
-        )
-        weights = tl.exp2(logits - log_sum[None, :])
-        grad_v += dot(weights.to(g.dtype), g, PRECISION)
-        grad_logits = weights * (dot(v, tl.trans(g), PRECISION) - d[None, :])
-        grad_k += dot(grad_logits.to(q.dtype), q, PRECISION)
+    for block_w in range(low_w, end_w, BLOCK[1]):
+        for block_h in range(low_h, end_h, BLOCK[0]):
+            corner = (block_h, block_w)
+            queries = places(corner, BLOCK)
+            real = within(queries, members)
+            q_pointers = token_pointers(query, batch, head, group, corner, BLOCK, dilation, query_strides)
+            q = load_tokens(q_pointers, real, DIM, BLOCK_D)
+            g_pointers = token_pointers(grad_out, batch, head, group, corner, BLOCK, dilation, grad_out_strides)
+            g = load_tokens(g_pointers, real, DIM, BLOCK_D)
+            stats_pointers = token_pointers(
+                stats, batch, head, group, corner, BLOCK, dilation, contiguous_strides(shape, 2)
+            )
+            pairs = tl.load(stats_pointers[:, None] + tl.arange(0, 2)[None, :], mask=real[:, None], other=0.0)
+            log_sum, d = tl.split(pairs)
+            log_sum = tl.where(real, log_sum, float("inf"))  # beyond the group all weights are 0
+            logits = logits_of(
+                dot(k, tl.trans(q), PRECISION),
+                (keys[0][:, None], keys[1][:, None]),
+                (queries[0][None, :], queries[1][None, :]),
+                members,
+                table,
+                scale,
+                log_sum[None, :],
+                KERNEL,
+                BINS,
+            )
+            weights = tl.exp2(logits)
+            grad_v += dot(weights.to(g.dtype), g, PRECISION)
+            grad_logits = weights * (dot(v, tl.trans(g), PRECISION) - d[None, :])
+            grad_k += dot(grad_logits.to(q.dtype), q, PRECISION)
 
-    k_pointers = token_pointers(grad_key, batch, head, group, keys, dilation, contiguous_strides(shape, DIM))
+    k_pointers = token_pointers(grad_key, batch, head, group, first, TILE, dilation, contiguous_strides(shape, DIM))
     store_tokens(k_pointers, valid, grad_k * grad_scale, DIM, BLOCK_D)
-    v_pointers = token_pointers(grad_value, batch, head, group, keys, dilation, contiguous_strides(shape, DIM))
+    v_pointers = token_pointers(grad_value, batch, head, group, first, TILE, dilation, contiguous_strides(shape, DIM))
     store_tokens(v_pointers, valid, grad_v, DIM, BLOCK_D)

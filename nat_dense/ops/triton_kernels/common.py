@@ -86,12 +86,18 @@ def contiguous_strides(shape, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def token_pointers(tensor, batch, head, group, place, dilation, strides):
-    """Pointers to the first channel of a head's tokens at places; strides are those of [B, H, W, heads]."""
-    row = (group[0] + dilation[0] * place[0]).to(tl.int64)
-    column = (group[1] + dilation[1] * place[1]).to(tl.int64)
-    first = batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[3]
-    return tensor + first + row * strides[1] + column * strides[2]
+def token_pointers(tensor, batch, head, group, first, BOX: tl.constexpr, dilation, strides):
+    """Pointers to the first channel of a head's tokens in a box of places; strides are those of [B, H, W, heads].
+
+    What depends on the box's place is one number: from block to block a program has a sum a pointer to do.
+    """
+    index = tl.arange(0, BOX[0] * BOX[1])
+    row, column = group[0] + dilation[0] * first[0], group[1] + dilation[1] * first[1]
+    origin = batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[3]
+    origin += row.to(tl.int64) * strides[1] + column.to(tl.int64) * strides[2]
+    # Widened before the strides come in and not earlier: the GPU has one instruction for such a product.
+    down, right = (index // BOX[1]) * dilation[0], (index % BOX[1]) * dilation[1]
+    return (tensor + origin) + (down.to(tl.int64) * strides[1] + right.to(tl.int64) * strides[2])
 
 
 @triton.jit
@@ -130,38 +136,39 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def bias_table(bias, head, KERNEL: tl.constexpr, BINS: tl.constexpr):
-    """A head's biases [BINS rows * BINS columns] with BINS columns a row. Only with a bias: Triton 3.6 and older refuse
-    functions that may return None.
+    """A head's biases times log2 e, [BINS rows * BINS columns] with BINS columns a row.
 
-    Held in registers, so that a program looks its biases up in shared memory, in the layout of its products.
+    Only with a bias: Triton 3.6 and older refuse functions that may return None. Held in registers, so that a program
+    looks its biases up in shared memory, in the layout of its products.
     """
     index = tl.arange(0, BINS[0] * BINS[1])
     row, column = index // BINS[1], index % BINS[1]
     heights: tl.constexpr = 2 * KERNEL[0] - 1
     widths: tl.constexpr = 2 * KERNEL[1] - 1
     entries = bias + (head * heights + row) * widths + column
-    return tl.load(entries, mask=(row < heights) & (column < widths), other=0.0)
+    return tl.load(entries, mask=(row < heights) & (column < widths), other=0.0) * LOG2_E
 
 
 @triton.jit
-def logits_of(products, keys, queries, members, table, scale, KERNEL: tl.constexpr, BINS: tl.constexpr):
-    """Scaled and biased products of queries and keys; -inf where a key is outside a query's window.
+def logits_of(products, keys, queries, members, table, scale, shift, KERNEL: tl.constexpr, BINS: tl.constexpr):
+    """Scaled and biased products of queries and keys less `shift`; -inf where a key is outside a query's window.
 
     Args:
         products: [M, N].
         keys, queries: Places (rows, columns) with one axis of length 1 each, so that they broadcast to [M, N].
         table: From `bias_table`, or None without a bias.
+        shift: One number, or one a query.
     """
     full = completed(members, KERNEL)
+    logits = products * scale
+    if table is not None:
+        # Outside a window any entry will do, but it must be one. By axes, since few differ in an axis of a program.
+        row_bin = (keys[0] - queries[0] + KERNEL[0] - 1) & (BINS[0] - 1)
+        column_bin = (keys[1] - queries[1] + KERNEL[1] - 1) & (BINS[1] - 1)
+        entry = tl.reshape(row_bin * BINS[1] + column_bin, [products.shape[0] * products.shape[1]])
+        logits += tl.reshape(tl.gather(table, entry, 0), [products.shape[0], products.shape[1]])
     # One comparison an axis: what lies before the window is large without a sign.
     row = (keys[0] - window_start(queries[0], full[0], KERNEL[0])).to(tl.uint32)
     column = (keys[1] - window_start(queries[1], full[1], KERNEL[1])).to(tl.uint32)
-    inside = (row < KERNEL[0]) & (column < KERNEL[1])
-    logits = products * scale
-    if table is not None:
-        size: tl.constexpr = BINS[0] * BINS[1]
-        offset_h, offset_w = keys[0] - queries[0] + KERNEL[0] - 1, keys[1] - queries[1] + KERNEL[1] - 1
-        # Outside a window any entry will do, but it must be one.
-        entry = tl.reshape((offset_h * BINS[1] + offset_w) & (size - 1), [products.shape[0] * products.shape[1]])
-        logits += tl.reshape(tl.gather(table, entry, 0), [products.shape[0], products.shape[1]])
-    return tl.where(inside, logits, float("-inf"))
+    logits = tl.where(column < KERNEL[1], logits, float("-inf"))
+    return logits + tl.where(row < KERNEL[0], -shift, float("-inf"))

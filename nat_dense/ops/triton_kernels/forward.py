@@ -56,7 +56,7 @@ def forward_kernel(
 
     Args:
         query, key, value: [B, H, W, heads, DIM] with unit stride in DIM; their strides are of the other four axes.
-        bias: float32 [heads, 2 * rows - 1, 2 * columns - 1] times log2 e, contiguous, or None.
+        bias: float32 [heads, 2 * rows - 1, 2 * columns - 1], contiguous, or None.
         pad_key, pad_value: [heads, DIM], contiguous; None where the map holds a window.
         out, lse: Written; [B, H, W, heads, DIM] and float32 [B, H, W, heads], contiguous.
         height, width, heads: Of the map; one by one, since Triton would compile for each size of a tuple's.
@@ -72,7 +72,7 @@ def forward_kernel(
         return
     queries = places(first, TILE)
     valid = within(queries, members)
-    q_pointers = token_pointers(query, batch, head, group, queries, dilation, query_strides)
+    q_pointers = token_pointers(query, batch, head, group, first, TILE, dilation, query_strides)
     q = load_tokens(q_pointers, valid, DIM, BLOCK_D)
 
     largest = tl.full([TILE[0] * TILE[1]], float("-inf"), tl.float32)
@@ -83,33 +83,35 @@ def forward_kernel(
     else:
         table = None
     low, end = key_box(first, members, KERNEL, TILE)
-    across = tl.cdiv(end[1] - low[1], BLOCK[1])
-    for block in range(tl.cdiv(end[0] - low[0], BLOCK[0]) * across):
-        keys = places((low[0] + block // across * BLOCK[0], low[1] + block % across * BLOCK[1]), BLOCK)
-        real = within(keys, members)
-        k_pointers = token_pointers(key, batch, head, group, keys, dilation, key_strides)
-        k = complete(load_tokens(k_pointers, real, DIM, BLOCK_D), real, pad_key, head, DIM, BLOCK_D)
-        v_pointers = token_pointers(value, batch, head, group, keys, dilation, value_strides)
-        v = complete(load_tokens(v_pointers, real, DIM, BLOCK_D), real, pad_value, head, DIM, BLOCK_D)
-        logits = logits_of(
-            dot(q, tl.trans(k), PRECISION),
-            (keys[0][None, :], keys[1][None, :]),
-            (queries[0][:, None], queries[1][:, None]),
-            members,
-            table,
-            scale,
-            KERNEL,
-            BINS,
-        )
-        larger = tl.maximum(largest, tl.max(logits, 1))
-        shift = tl.where(larger == float("-inf"), 0.0, larger)  # no key of the window yet
-        weights = tl.exp2(logits - shift[:, None])
-        shrink = tl.exp2(largest - shift)
-        total = total * shrink + tl.sum(weights, 1)
-        mixed = mixed * shrink[:, None] + dot(weights.to(v.dtype), v, PRECISION)
-        largest = larger
+    for block_w in range(low[1], end[1], BLOCK[1]):
+        for block_h in range(low[0], end[0], BLOCK[0]):
+            corner = (block_h, block_w)
+            keys = places(corner, BLOCK)
+            real = within(keys, members)
+            k_pointers = token_pointers(key, batch, head, group, corner, BLOCK, dilation, key_strides)
+            k = complete(load_tokens(k_pointers, real, DIM, BLOCK_D), real, pad_key, head, DIM, BLOCK_D)
+            v_pointers = token_pointers(value, batch, head, group, corner, BLOCK, dilation, value_strides)
+            v = complete(load_tokens(v_pointers, real, DIM, BLOCK_D), real, pad_value, head, DIM, BLOCK_D)
+            logits = logits_of(
+                dot(q, tl.trans(k), PRECISION),
+                (keys[0][None, :], keys[1][None, :]),
+                (queries[0][:, None], queries[1][:, None]),
+                members,
+                table,
+                scale,
+                0.0,
+                KERNEL,
+                BINS,
+            )
+            larger = tl.maximum(largest, tl.max(logits, 1))
+            shift = tl.where(larger == float("-inf"), 0.0, larger)  # no key of the window yet
+            weights = tl.exp2(logits - shift[:, None])
+            shrink = tl.exp2(largest - shift)
+            total = total * shrink + tl.sum(weights, 1)
+            mixed = mixed * shrink[:, None] + dot(weights.to(v.dtype), v, PRECISION)
+            largest = larger
 
-    out_pointers = token_pointers(out, batch, head, group, queries, dilation, contiguous_strides(shape, DIM))
-    store_tokens(out_pointers, valid, mixed / total[:, None], DIM, BLOCK_D)
-    lse_pointers = token_pointers(lse, batch, head, group, queries, dilation, contiguous_strides(shape, 1))
+    out_pointers = token_pointers(out, batch, head, group, first, TILE, dilation, contiguous_strides(shape, DIM))
+    store_tokens(out_pointers, valid, mixed * (1.0 / total)[:, None], DIM, BLOCK_D)
+    lse_pointers = token_pointers(lse, batch, head, group, first, TILE, dilation, contiguous_strides(shape, 1))
     tl.store(lse_pointers, (largest + tl.log2(total)) / LOG2_E, mask=valid)
