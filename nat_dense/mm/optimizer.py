@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS
 from torch import Tensor, nn
 
@@ -25,15 +26,17 @@ class MuonAdamW(torch.optim.AdamW):
     `torch.optim.Muon` takes matrices alone, and bfloat16 also on processors that only emulate it.
 
     Args:
-        params: Parameters or groups. A group's `muon=False` (`custom_keys` of MMEngine's `paramwise_cfg` may set it)
-            gives all of it to AdamW; otherwise its matrices and convolutions of at least 16 x 16 go to Muon. What is
-            narrower reads pictures or writes classes, for which AdamW is the usual choice.
+        params: Parameters, named or not, or groups. A group's `muon=False` (`custom_keys` of MMEngine's `paramwise_cfg`
+            may set it) gives all of it to AdamW; otherwise its matrices and convolutions of at least 16 x 16 go to
+            Muon, without depthwise ones. Embeddings and tables kept as matrices are better given to AdamW.
         lr, betas, eps, weight_decay, fused: As of `torch.optim.AdamW`; `weight_decay` is Muon's as well.
-        momentum: Share of the old average in Muon's average of the gradients.
-        ns_steps: Steps of the iteration that makes a matrix orthogonal; fewer cost less and leave weak directions weak.
+        momentum: Share of the old average in Muon's average of the gradients, in all groups.
+        ns_steps: Steps of the iteration that makes a matrix orthogonal, in all groups; fewer cost less and leave weak
+            directions weak.
 
     Raises:
         ValueError: A number is out of range.
+        RuntimeError: Of `step`, for a sparse or complex gradient of a matrix.
 
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the size of the step:
     Liu et al., "Muon is Scalable for LLM Training" (arXiv:2502.16982) section 2.2.
@@ -52,18 +55,38 @@ class MuonAdamW(torch.optim.AdamW):
     ):
         if not 0.0 <= momentum < 1.0:
             raise ValueError(f"momentum={momentum}: expected a number in [0, 1)")
-        if ns_steps < 1:
-            raise ValueError(f"ns_steps={ns_steps}: expected a number >= 1")
-        super().__init__(_split(params), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+        if not isinstance(ns_steps, int) or ns_steps < 1:
+            raise ValueError(f"ns_steps={ns_steps!r}: expected a whole number >= 1")
         self.momentum, self.ns_steps = momentum, ns_steps
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
         self._step_supports_amp_scaling = False  # of AdamW's fused step: the scaler must unscale Muon's gradients too
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"momentum": self.momentum, "ns_steps": self.ns_steps}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; what goes to Muon and what doesn't become groups of their own."""
+        wanted = param_group.get("muon", True)
+        if not isinstance(wanted, bool):
+            raise ValueError(f"muon={wanted!r} in a group of parameters: expected True or False")
+        super().add_param_group(param_group)
+        whole = self.param_groups.pop()
+        for muon in (True, False):
+            places = [i for i, p in enumerate(whole["params"]) if muon is (wanted and _is_hidden_matrix(p))]
+            parts = {name: [whole[name][i] for i in places] for name in ("params", "param_names") if name in whole}
+            if places:
+                self.param_groups.append(whole | parts | {"muon": muon})
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group["muon"]]
         try:
-            loss = super().step(closure)
+            inspect.unwrap(torch.optim.AdamW.step)(self)  # without hooks: those of this step have run or will
         finally:
             self.param_groups = groups
         for group in groups:
@@ -73,6 +96,9 @@ class MuonAdamW(torch.optim.AdamW):
         return loss
 
     def _turn(self, parameter: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
+        if gradient.is_sparse or gradient.is_complex():
+            found = "sparse" if gradient.is_sparse else gradient.dtype
+            raise RuntimeError(f"a matrix has a gradient that is {found}: give it to AdamW (muon=False in its group)")
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["step"] = torch.tensor(0.0)  # which AdamW looks for in every state that it loads
@@ -115,23 +141,11 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def _split(params: Iterable[Any]) -> list[dict]:
-    """Each group as two: what goes to Muon, and what doesn't."""
-    groups: list[Any] = list(params)
-    if groups and not isinstance(groups[0], dict):
-        groups = [dict(params=groups)]
-    found = []
-    for group in groups:
-        members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        for muon in (True, False):
-            part = [p for p in members if muon is (group.get("muon", True) and _is_hidden_matrix(p))]
-            if part:
-                found.append(group | dict(params=part, muon=muon))
-    return found
-
-
 def _is_hidden_matrix(parameter: Tensor) -> bool:
-    return parameter.dim() in (2, 4) and min(len(parameter), parameter[0].numel()) >= 16
+    if parameter.dim() not in (2, 4) or not parameter.numel():
+        return False
+    depthwise = parameter.dim() == 4 and parameter.shape[1] == 1  # filters that have nothing to do with each other
+    return not depthwise and min(len(parameter), parameter[0].numel()) >= 16
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -142,14 +156,47 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     hundreds of parameters, their fused and multi-tensor steps never have more than one tensor to work on, and every
     learning-rate schedule has hundreds of numbers to set.
 
-    A checkpoint holds one state a group: one that was saved with another constructor can't be resumed.
+    A checkpoint has the names of each group's parameters, and is resumed only where they are the same: torch itself
+    goes by the order alone.
+
+    Raises:
+        ValueError: Modules share a parameter (`bypass_duplicate=True` of `paramwise_cfg` takes it once), or the
+            optimizer loads a state of other groups.
     """
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        wrapper = super().__call__(model)
+        names = {id(p): name for name, p in getattr(model, "module", model).named_parameters()}
+        for group in wrapper.optimizer.param_groups:
+            group["param_names"] = [names[id(p)] for p in group["params"]]
+        wrapper.optimizer.register_load_state_dict_pre_hook(_check_groups)
+        return wrapper
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = "", is_dcn_module: Any = None) -> None:
         """As MMEngine's, which calls itself for a module's children with their names as `prefix`."""
         super().add_params(params, module, prefix, is_dcn_module)
-        if not prefix:
-            params[:] = _merged(params)
+        if prefix:
+            return
+        members = [id(p) for group in params for p in group["params"]]
+        if len(members) != len(set(members)):
+            raise ValueError("modules share a parameter: set paramwise_cfg=dict(bypass_duplicate=True) to take it once")
+        params[:] = _merged(params)
+
+
+def _check_groups(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Raises ValueError where a state's groups are not the optimizer's."""
+    found, expected = (
+        [group.get("param_names", len(group["params"])) for group in groups]
+        for groups in (state["param_groups"], optimizer.param_groups)
+    )
+    if found == expected:
+        return
+    counts = [", ".join(str(n if isinstance(n, int) else len(n)) for n in groups) for groups in (found, expected)]
+    raise ValueError(
+        f"the checkpoint's optimizer has groups of {counts[0]} parameters, this one of {counts[1]}, or others in them: "
+        "it was saved with another optimizer, constructor or paramwise_cfg. Resume with the config that it was "
+        "trained with, or start from its weights alone (load_from)"
+    )
 
 
 def _merged(groups: list[dict]) -> list[dict]:
