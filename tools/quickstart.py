@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"--work-dir {args.work_dir}: a file is in its place; name a directory")
         options = ShapesOptions(args.train, args.val, args.size)
         configs = prepare(args.data, options, args.seed, args.budget)
-    run(args.work_dir, configs, options)
+    with one_line_errors("quickstart.py", BlockingIOError):  # another one is under way
+        run(args.work_dir, configs, options)
 
 
 if __name__ == "__main__":

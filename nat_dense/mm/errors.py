@@ -11,21 +11,22 @@ DEBUG_VARIABLE = "NAT_DENSE_DEBUG"
 
 
 @contextmanager
-def one_line_errors(program: str) -> Iterator[None]:
-    """Turns an exception raised inside the block into one line on stderr and exit status 2.
+def one_line_errors(program: str, kind: type[Exception] = Exception) -> Iterator[None]:
+    """Turns an exception of a kind, raised inside the block, into one line on stderr and exit status 2.
 
     Wrap what runs before the real work starts (reading the config, the checks, building the model): there, nearly every
     exception means that the input is wrong. What goes wrong later keeps its traceback.
 
     Args:
         program: the name the line starts with, such as "train.py".
+        kind: what is told so; other exceptions pass.
 
     Raises:
-        SystemExit: with status 2, where the block raised an Exception and `NAT_DENSE_DEBUG` is unset.
+        SystemExit: with status 2, where the block raised such an exception and `NAT_DENSE_DEBUG` is unset.
     """
     try:
         yield
-    except Exception as error:
+    except kind as error:
         if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
             raise
         print(f"{program}: error: {describe(error)}\n(traceback: {DEBUG_VARIABLE}=1)", file=sys.stderr)
