@@ -115,6 +115,7 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
     warnings = []
     for loader in loaders:
         _check_loader_fields(cfg[loader], loader)
+        named: dict[str, Path] = {}
         for source in _sources(cfg[loader].get("dataset"), f"{loader}.dataset"):
             pictures = _find_pictures(source, checks)
             bad = find_bad_images(pictures, checks["images"], _expected_channels(cfg, source))
@@ -127,9 +128,30 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
                 )
             _check_labels(source, [p for p in pictures if p.path not in bad], checks)
             _check_heads(cfg.model, source)
+            if loader == "test_dataloader" and _names_files_after_images(cfg):
+                _check_names(source, pictures, named)
     for loader in sorted(set(loaders) - {"train_dataloader"}):
         _check_evaluator(cfg, loader)
     return warnings
+
+
+def _names_files_after_images(cfg: Config) -> bool:
+    """Whether a test draws or writes a file for each image."""
+    evaluators = cfg.get("test_evaluator") or []
+    evaluators = evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]
+    hook = (cfg.get("default_hooks") or {}).get("visualization") or {}
+    return bool(hook.get("draw")) or any(evaluator.get("output_dir") for evaluator in evaluators)
+
+
+def _check_names(source: Source, pictures: list[Picture], named: dict[str, Path]) -> None:
+    """Refuses images of one name in several folders; `named` has those of the dataset's other parts."""
+    for picture in pictures:
+        other = named.setdefault(picture.path.stem, picture.path)
+        if other != picture.path:
+            raise ValueError(
+                f"{source.name}: {str(other)!r} and {str(picture.path)!r} have one name, and --show-dir and --out name "
+                "files after images: one would overwrite the other's. Test them one after the other, into two folders."
+            )
 
 
 def _check_loader_fields(loader: dict, name: str) -> None:

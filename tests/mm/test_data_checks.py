@@ -1,6 +1,7 @@
 """Bad data is refused before training starts, with a message that names it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -234,6 +235,24 @@ def test_an_evaluator_of_other_images(coco):
     text = message(ValueError, cfg, ("val_dataloader",))
     assert f"val_evaluator.ann_file={str(other)!r} lacks 2 of the 2 images" in text
     assert str(file) in text
+
+
+@pytest.mark.parametrize("option", ["default_hooks.visualization.draw=True", "test_evaluator.output_dir=out"])
+def test_images_of_one_name_where_files_are_named_after_them(ade, option):
+    cfg, root = ade
+    for folder in ("images", "annotations"):
+        kept = root / folder / "validation"
+        for part in ("a", "b"):
+            shutil.copytree(kept, root / folder / "parts" / part)
+    parts = dict(img_path="images/parts", seg_map_path="annotations/parts")
+    cfg.test_dataloader.dataset.data_prefix = parts
+    test = ("test_dataloader",)
+    assert check_data(cfg, test) == []
+    cfg.merge_from_dict(parse_options([option]))
+    assert "have one name, and --show-dir and --out name files after images" in message(ValueError, cfg, test)
+    parts["img_path"], parts["seg_map_path"] = "images/parts/a", "annotations/parts/a"
+    cfg.test_dataloader.dataset.data_prefix = parts
+    assert check_data(cfg, test) == []
 
 
 def test_misspelt_field_of_a_loader(coco):
