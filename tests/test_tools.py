@@ -103,6 +103,15 @@ def test_test_time_augmentation_of_a_detector_evaluates_boxes(detector, tmp_path
     assert "merges boxes only" in capsys.readouterr().out
 
 
+def test_test_time_augmentation_of_a_detector_of_boxes(detector, tmp_path, capsys):
+    options, run = detector
+    boxes = ["model.roi_head.mask_head=None", "model.roi_head.mask_roi_extractor=None", "test_evaluator.metric=bbox"]
+    arguments = ["--tta", "--work-dir", str(tmp_path)]
+    metrics = evaluate([DETECTOR, str(run / "epoch_1.pth"), *arguments, "--cfg-options", *options, *boxes])
+    assert "coco/bbox_mAP" in metrics
+    assert "merges boxes only" not in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_test_time_augmentation_of_a_segmentor(segmentor, tmp_path):
     options, run = segmentor
