@@ -1,5 +1,6 @@
 """tools/train.py and tools/test.py through their command lines, in this process, on small data."""
 
+import json
 import math
 import pickle
 import shutil
@@ -92,6 +93,24 @@ def test_test_segmentor_repeats_the_validation_and_writes_pictures_and_predictio
     assert labels.shape == (64, 96)
     assert 1 <= labels.min() <= labels.max() <= 150
     assert len(list(pictures.iterdir())) == 1
+
+
+def test_images_without_annotations_are_tested_for_a_server(detector, tmp_path, capsys):
+    """As COCO's test-dev: the file lists images, and the results are files to send in."""
+    options, run = detector
+    (root,) = (option.split("=", 1)[1] for option in options if option.startswith("test_dataloader.dataset.data_root"))
+    content = json.loads((Path(root) / "annotations" / "instances_val2017.json").read_text())
+    images = tmp_path / "images.json"
+    images.write_text(json.dumps({key: value for key, value in content.items() if key != "annotations"}))
+    files = [f"test_dataloader.dataset.ann_file={images}", f"test_evaluator.ann_file={images}"]
+    arguments = [DETECTOR, str(run / "epoch_1.pth"), "--work-dir", str(tmp_path), "--cfg-options", *options, *files]
+    with pytest.raises(SystemExit):
+        evaluate(arguments)
+    assert "has no list 'annotations'" in capsys.readouterr().err
+    evaluate([*arguments, "test_evaluator.format_only=True", f"test_evaluator.outfile_prefix={tmp_path / 'sent'}"])
+    boxes = json.loads((tmp_path / "sent.bbox.json").read_text())
+    assert {box["image_id"] for box in boxes} == {0, 1}
+    assert len(json.loads((tmp_path / "sent.segm.json").read_text())) == len(boxes)
 
 
 def test_test_time_augmentation_of_a_detector_evaluates_boxes(detector, tmp_path, capsys):

@@ -13,13 +13,14 @@ REQUIRED = {
 """The lists of an instances file, and the keys that MMDetection reads of each entry without a default."""
 
 
-def check_coco_file(file: Path, name: str, masks: bool) -> dict[str, Any]:
+def check_coco_file(file: Path, name: str, masks: bool, annotated: bool = True) -> dict[str, Any]:
     """Reads an annotation file and checks that it is one.
 
     Args:
         file: the file.
         name: where it stands in the config, for messages.
         masks: whether each annotation needs a "segmentation".
+        annotated: whether there must be annotations; test-dev's file of images has no such list.
 
     Returns:
         The content.
@@ -35,6 +36,8 @@ def check_coco_file(file: Path, name: str, masks: bool) -> dict[str, Any]:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{name}: {str(file)!r} is not JSON ({error}).") from error
     for key, fields in REQUIRED.items():
+        if key == "annotations" and not annotated:
+            content.setdefault(key, [])
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list):
             raise ValueError(f"{name}: {str(file)!r} has no list {key!r}; a COCO file holds {', '.join(REQUIRED)}.")

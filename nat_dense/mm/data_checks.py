@@ -117,7 +117,7 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
         _check_loader_fields(cfg[loader], loader)
         named: dict[str, Path] = {}
         for source in _sources(cfg[loader].get("dataset"), f"{loader}.dataset"):
-            pictures = _find_pictures(source, checks)
+            pictures = _find_pictures(source, checks, annotated=_is_scored(cfg, loader))
             bad = find_bad_images(pictures, checks["images"], _expected_channels(cfg, source))
             warnings += _report_bad_images(source, bad, len(pictures), checks)
             unread = len(pictures) - len(sample(pictures, checks["images"]))
@@ -137,10 +137,8 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
 
 def _names_files_after_images(cfg: Config) -> bool:
     """Whether a test draws or writes a file for each image."""
-    evaluators = cfg.get("test_evaluator") or []
-    evaluators = evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]
     hook = (cfg.get("default_hooks") or {}).get("visualization") or {}
-    return bool(hook.get("draw")) or any(evaluator.get("output_dir") for evaluator in evaluators)
+    return bool(hook.get("draw")) or any(e.get("output_dir") for e in _evaluators(cfg, "test_dataloader"))
 
 
 def _check_names(source: Source, pictures: list[Picture], named: dict[str, Path]) -> None:
@@ -191,7 +189,18 @@ def _sources(dataset: Any, name: str) -> Iterator[Source]:
         yield Source(name, dataset, cls)
 
 
-def _find_pictures(source: Source, checks: dict[str, str]) -> list[Picture]:
+def _evaluators(cfg: Config, loader: str) -> list[Any]:
+    evaluators = cfg.get(loader.replace("dataloader", "evaluator")) or []
+    return list(evaluators) if isinstance(evaluators, (list, tuple)) else [evaluators]
+
+
+def _is_scored(cfg: Config, loader: str) -> bool:
+    """Whether a run compares with annotations; a test for a server only writes what it finds."""
+    evaluators = _evaluators(cfg, loader)
+    return not evaluators or not all(evaluator.get("format_only") for evaluator in evaluators)
+
+
+def _find_pictures(source: Source, checks: dict[str, str], annotated: bool) -> list[Picture]:
     root = source.cfg.get("data_root")
     if source.cfg.get("backend_args") or "://" in (root or ""):
         return []  # Remote storage: looking up every file would take longer than finding out.
@@ -203,9 +212,8 @@ def _find_pictures(source: Source, checks: dict[str, str]) -> list[Picture]:
     if source.reader == COCO_DATASET:
         folder = _folder(source, "img", prefix.get("img"))
         file = source.path(source.argument("ann_file"))
-        content = check_coco_file(
-            file, f"{source.name}.ann_file", masks=bool(source.transform("LoadAnnotations").get("with_mask"))
-        )
+        masks = bool(source.transform("LoadAnnotations").get("with_mask"))
+        content = check_coco_file(file, f"{source.name}.ann_file", masks, annotated)
         check_categories(content, source.classes, str(file), ignore_others=checks["other_classes"] == "ignore")
         return [Picture(folder / image["file_name"], (image["width"], image["height"])) for image in content["images"]]
     if source.reader == SEGMENTATION_DATASET:
@@ -312,25 +320,24 @@ def _check_heads(model: dict, source: Source) -> None:
 
 def _check_evaluator(cfg: Config, loader: str) -> None:
     name = loader.replace("dataloader", "evaluator")
-    evaluators = cfg.get(name) or []
     sources = [s for s in _sources(cfg[loader].get("dataset"), f"{loader}.dataset") if s.reader == COCO_DATASET]
-    for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
+    for evaluator in _evaluators(cfg, loader):
         file = evaluator.get("ann_file")
         if file and "://" not in file and not Path(file).is_file():
             raise FileNotFoundError(
                 f"{name}.ann_file: no file {file!r}. Set it with --cfg-options {name}.ann_file=FILE."
             )
         if file and "://" not in file and str(evaluator.get("type")).endswith("CocoMetric") and len(sources) == 1:
-            _check_same_images(Path(file), f"{name}.ann_file", sources[0])
+            _check_same_images(Path(file), f"{name}.ann_file", sources[0], _is_scored(cfg, loader))
 
 
-def _check_same_images(file: Path, name: str, source: Source) -> None:
+def _check_same_images(file: Path, name: str, source: Source, annotated: bool) -> None:
     """An evaluator that doesn't know the images of its dataset gives a wrong metric, or fails after an epoch."""
     own = source.path(source.argument("ann_file"))
     if not own.is_file() or own.samefile(file):  # in remote storage, or the usual case
         return
     known, tested = (
-        {image["id"] for image in check_coco_file(path, where, masks=False)["images"]}
+        {image["id"] for image in check_coco_file(path, where, masks=False, annotated=annotated)["images"]}
         for path, where in ((file, name), (own, f"{source.name}.ann_file"))
     )
     if not tested <= known:
