@@ -16,10 +16,14 @@ A map completed with padded tokens has them at its last places: they take the pa
 and their gradients are sums over queries.
 
 Conventions: pairs are (rows, columns). M tokens of a tile and N tokens of a block are rectangles of powers of two, rows
-first; DIM channels of a head fill BLOCK_D, a power of two. Logits are in powers of two inside the kernels (`scale` and
-`bias` come multiplied by log2 e); the log-sum-exp in memory is natural. Offsets into tensors are int64.
+first; DIM channels of a head fill BLOCK_D, a power of two. Logits are in powers of two inside the kernels (`scale`
+comes multiplied by log2 e, biases are when they are read); the log-sum-exp that `forward_kernel` leaves is natural.
+Offsets into tensors are int64.
 
-A NaN or infinity in a key's value or in an output's gradient may reach every query or key of the tiles that load it:
+A block's rows are walked over first: what depends on columns alone (masks, places in the bias table, addresses) is then
+the same in all steps of the inner loop, and the compiler takes it out.
+
+A NaN or infinity in a key, a value or an output's gradient may reach every query or key of the tiles that load it:
 products multiply it with weights of zero.
 """
 

@@ -126,6 +126,41 @@ def complete(tokens, valid, pad, head, DIM: tl.constexpr, BLOCK_D: tl.constexpr)
 
 
 @triton.jit
+def key_block(
+    tensors,
+    pads,
+    strides,
+    batch,
+    head,
+    group,
+    members,
+    corner,
+    dilation,
+    BLOCK: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A block of keys with their values, padded tokens in place of what is not on the map.
+
+    Args:
+        tensors, pads, strides: Of keys and of values.
+        corner: Place of the first key.
+
+    Returns:
+        keys, values: [N, BLOCK_D].
+        places: Rows and columns.
+        real: Which of them are on the map.
+    """
+    place = places(corner, BLOCK)
+    real = within(place, members)
+    k_pointers = token_pointers(tensors[0], batch, head, group, corner, BLOCK, dilation, strides[0])
+    k = complete(load_tokens(k_pointers, real, DIM, BLOCK_D), real, pads[0], head, DIM, BLOCK_D)
+    v_pointers = token_pointers(tensors[1], batch, head, group, corner, BLOCK, dilation, strides[1])
+    v = complete(load_tokens(v_pointers, real, DIM, BLOCK_D), real, pads[1], head, DIM, BLOCK_D)
+    return k, v, place, real
+
+
+@triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
     """a x b, summed in float32; "widened" is for Triton's interpreter, whose products know no bfloat16."""
     if PRECISION == "widened":

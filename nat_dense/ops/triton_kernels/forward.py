@@ -10,9 +10,9 @@ import triton.language as tl
 from nat_dense.ops.triton_kernels.common import (
     LOG2_E,
     bias_table,
-    complete,
     contiguous_strides,
     dot,
+    key_block,
     key_box,
     load_tokens,
     logits_of,
@@ -86,12 +86,20 @@ def forward_kernel(
     for block_w in range(low[1], end[1], BLOCK[1]):
         for block_h in range(low[0], end[0], BLOCK[0]):
             corner = (block_h, block_w)
-            keys = places(corner, BLOCK)
-            real = within(keys, members)
-            k_pointers = token_pointers(key, batch, head, group, corner, BLOCK, dilation, key_strides)
-            k = complete(load_tokens(k_pointers, real, DIM, BLOCK_D), real, pad_key, head, DIM, BLOCK_D)
-            v_pointers = token_pointers(value, batch, head, group, corner, BLOCK, dilation, value_strides)
-            v = complete(load_tokens(v_pointers, real, DIM, BLOCK_D), real, pad_value, head, DIM, BLOCK_D)
+            k, v, keys, _ = key_block(
+                (key, value),
+                (pad_key, pad_value),
+                (key_strides, value_strides),
+                batch,
+                head,
+                group,
+                members,
+                corner,
+                dilation,
+                BLOCK,
+                DIM,
+                BLOCK_D,
+            )
             logits = logits_of(
                 dot(q, tl.trans(k), PRECISION),
                 (keys[0][None, :], keys[1][None, :]),
