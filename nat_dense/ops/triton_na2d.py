@@ -233,6 +233,7 @@ def _launch(
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         "maxnreg": tile.registers,
+        "enable_fp_fusion": True,  # Triton 3.10 multiplies and adds in two steps unless told
     }
     is_padded = completed_size(size, kernel_size, dilation) != size
     return Launch((programs_per_head * heads,), programs_per_head, fewest != tiles, is_padded, arguments)

@@ -120,6 +120,10 @@ def forward_kernel(
             largest = larger
 
     out_pointers = token_pointers(out, batch, head, group, first, TILE, dilation, contiguous_strides(shape, DIM))
-    store_tokens(out_pointers, valid, mixed * (1.0 / total)[:, None], DIM, BLOCK_D)
+    if out.dtype.element_ty == tl.float32:
+        mixed = mixed / total[:, None]
+    else:  # one division for all channels: what it costs in exactness is less than the rounding that follows
+        mixed = mixed * (1.0 / total)[:, None]
+    store_tokens(out_pointers, valid, mixed, DIM, BLOCK_D)
     lse_pointers = token_pointers(lse, batch, head, group, first, TILE, dilation, contiguous_strides(shape, 1))
     tl.store(lse_pointers, (largest + tl.log2(total)) / LOG2_E, mask=valid)
