@@ -23,13 +23,13 @@ from torch import Tensor, nn
 DROP_PATH = 0.2
 
 
-def _nat() -> nn.Module:
+def _nat(_size: tuple[int, int]) -> nn.Module:
     from nat_dense.models import NAT
 
     return NAT(arch="tiny", drop_path_rate=DROP_PATH)
 
 
-def _dinat() -> nn.Module:
+def _dinat(_size: tuple[int, int]) -> nn.Module:
     from nat_dense.models import DiNAT
 
     return DiNAT(arch="tiny", dilations="detection", drop_path_rate=DROP_PATH)
@@ -43,21 +43,20 @@ def _swin(size: tuple[int, int]) -> nn.Module:
     )
 
 
-def _convnext() -> nn.Module:
+def _convnext(_size: tuple[int, int]) -> nn.Module:
     import timm
 
     model = timm.create_model("convnext_tiny", features_only=True, drop_path_rate=DROP_PATH)
     return model.to(memory_format=torch.channels_last)
 
 
-def contestants(size: tuple[int, int]) -> dict[str, Callable[[], nn.Module]]:
-    """Builders of four-level backbones; the first is what others are divided by."""
-    return {
-        "NAT-Tiny": _nat,
-        "timm Swin-Tiny": lambda: _swin(size),
-        "DiNAT-Tiny, detection dilations": _dinat,
-        "timm ConvNeXt-Tiny, channels last": _convnext,
-    }
+CONTESTANTS: dict[str, tuple[str, Callable[[tuple[int, int]], nn.Module]]] = {
+    "nat": ("NAT-Tiny", _nat),
+    "swin": ("timm Swin-Tiny", _swin),
+    "dinat": ("DiNAT-Tiny, detection dilations", _dinat),
+    "convnext": ("timm ConvNeXt-Tiny, channels last", _convnext),
+}
+"""Four-level backbones for pictures of a size (height, width); the first measured is what others are divided by."""
 
 
 def forward(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Run:
@@ -78,9 +77,9 @@ def step(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Run:
     return run
 
 
-def measure(name: str, build: Callable[[], nn.Module], images: Tensor, dtype: torch.dtype, args) -> dict:
+def measure(name: str, model: nn.Module, images: Tensor, dtype: torch.dtype, args) -> dict:
     """One row: images a second and peak memory, forward and with the backward pass."""
-    model = build().cuda()
+    model = model.cuda()
     if "channels last" in name:
         images = images.contiguous(memory_format=torch.channels_last)
     called = model if args.eager else torch.compile(model, mode="reduce-overhead" if args.graphs else None)
@@ -105,6 +104,7 @@ def main() -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--eager", action="store_true", help="without torch.compile")
     how.add_argument("--graphs", action="store_true", help="compiled into CUDA graphs, so that launches cost nothing")
+    parser.add_argument("--backbones", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=300, help="nothing new is started after this time")
     parser.add_argument("--json", help="where to write the figures")
@@ -116,12 +116,12 @@ def main() -> None:
     images = torch.randn(args.batch, 3, height, width, device="cuda")
     print(gpu())
     rows = []
-    for name, build in contestants((height, width)).items():
+    for name, build in (CONTESTANTS[short] for short in args.backbones):
         if time.monotonic() > deadline:
             print(f"{name}: left out, the time is up")
             continue
         try:
-            rows.append(measure(name, build, images, getattr(torch, args.dtype), args))
+            rows.append(measure(name, build((height, width)), images, getattr(torch, args.dtype), args))
         except Exception as error:  # whatever a contestant's compiler raises, the others are measured
             print(f"{name}: not measured, {told(error)}", flush=True)
         torch.compiler.reset()

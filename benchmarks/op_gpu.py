@@ -210,6 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ("stages", "tiles", "dilated")
     parser.add_argument("--sections", nargs="+", choices=names, default=list(names))
+    parser.add_argument("--stages", nargs="+", type=int, choices=range(len(STAGES)), default=list(range(len(STAGES))))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=11)
@@ -224,7 +225,7 @@ def main() -> None:
     print(f"{gpu()}\ncopy {rates[0] / 1e12:.2f} TB/s, {args.dtype} products {rates[1] / 1e12:.0f} TFLOP/s")
     results = {}
     for section in args.sections:
-        for (size, heads), largest in zip(STAGES, DILATIONS, strict=True):
+        for (size, heads), largest in ((STAGES[i], DILATIONS[i]) for i in args.stages):
             if time.monotonic() > deadline:
                 print(f"{section}, {size[0]} x {size[1]}: left out, the time is up")
                 continue
