@@ -162,6 +162,8 @@ def test_two_runs_do_not_share_a_folder(root, capsys):
     run(root)  # the first has ended
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
 def test_trainings_end_with_the_process_that_started_them(root, tmp_path):
     """Killed, it has no time to tell them."""
     command = [sys.executable, str(REPOSITORY / "tools" / "quickstart.py"), "--work-dir", str(tmp_path / "work")]
