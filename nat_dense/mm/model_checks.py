@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nat_dense.checkpoints.names import URLS
 from nat_dense.mm.errors import did_you_mean
+from nat_dense.mm.pretrained import Pretrained, through_this_door
 from nat_dense.models.backbone import NeighborhoodBackbone
 
 TASK_OF_SCOPE = {"mmdet": "detection", "mmseg": "segmentation"}
@@ -33,7 +34,8 @@ def check_model(cfg: Config, *, training: bool = True) -> tuple[nn.Module, list[
 
     Raises:
         FileNotFoundError: a local file of initial weights is missing.
-        ValueError: a misspelt or wrong field, parts that don't fit, or batch norm with one value per channel.
+        ValueError: a local file of a backbone's initial weights is no checkpoint or doesn't fit, a misspelt or wrong
+            field, parts that don't fit, or batch norm with one value per channel.
     """
     backbone = cfg.model.get("backbone", {})
     _check_fields(backbone)
@@ -42,6 +44,8 @@ def check_model(cfg: Config, *, training: bool = True) -> tuple[nn.Module, list[
     with torch.random.fork_rng(devices=[]):
         model = MODELS.build(cfg.model)
         _check_channels(model)
+    if training:
+        _load_initial_weights(model)
     if training and cfg.get("train_dataloader"):
         _check_batch_norm(model, cfg.train_dataloader.get("batch_size"))
     return model, _check_dilations(cfg)
@@ -76,6 +80,17 @@ def _check_initial_weights(node: Any, name: str) -> None:
         raise FileNotFoundError(f"{name}.checkpoint: no file {checkpoint!r}. {name}=None trains from scratch.")
     for key, value in node.items():
         _check_initial_weights(value, f"{name}.{key}")
+
+
+def _load_initial_weights(model: nn.Module) -> None:
+    """Loads local files into our backbones of a model that is not kept, for the errors that this may raise."""
+    for module in model.modules():
+        if not isinstance(module, NeighborhoodBackbone):
+            continue
+        for entry in through_this_door(module.init_cfg):
+            options = {name: value for name, value in entry.items() if name != "type"}
+            if entry["type"] is Pretrained and Path(options.get("checkpoint", "")).is_file():
+                Pretrained(**options).load_into(module)
 
 
 def _check_channels(model: nn.Module) -> None:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmengine.logging import print_log
 from mmengine.model.weight_init import WEIGHT_INITIALIZERS, PretrainedInit, update_init_info
 from torch import nn
+
+if TYPE_CHECKING:
+    from nat_dense.checkpoints.loading import Report
 
 
 @WEIGHT_INITIALIZERS.register_module(name="Pretrained", force=True)
@@ -50,17 +53,21 @@ class Pretrained:
         Raises:
             ValueError: An option that only `load` knows is given, and neither module nor file is ours.
         """
-        from nat_dense.checkpoints import load  # here, since importing nat_dense needs no reader of files
         from nat_dense.checkpoints.loading import backbone_paths
 
         if not backbone_paths(module) and not self._file_is_ours():
             self._leave_to_mmengine(module)
             return
-        report = load(module, self.checkpoint, prefix=self.prefix, **self.reading, **self.matching)
-        print_log(str(report), logger="current")
+        print_log(str(self.load_into(module)), logger="current")
         # There while mmengine initialises a model and notes for each parameter where its value comes from.
         if hasattr(module, "_params_init_info"):
             update_init_info(module, init_info=f"Pretrained: {self.checkpoint}")
+
+    def load_into(self, module: nn.Module) -> Report:
+        """Loads into one of our models, without a word of it in the log."""
+        from nat_dense.checkpoints import load  # here, since importing nat_dense needs no reader of files
+
+        return load(module, self.checkpoint, prefix=self.prefix, **self.reading, **self.matching)
 
     def _file_is_ours(self) -> bool:
         from nat_dense.checkpoints import fetch, read

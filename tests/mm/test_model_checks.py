@@ -8,6 +8,7 @@ from mmengine.registry import init_default_scope
 from nat_dense.mm.config import load_config
 from nat_dense.mm.machine import fit_to_machine
 from nat_dense.mm.model_checks import check_last_batch, check_model
+from nat_dense.models import NAT
 from tests.mm.small import DETECTOR, NANO, SEGMENTOR, ade_options, parse_options, write_ade
 
 
@@ -56,6 +57,22 @@ def test_missing_initial_weights():
     cfg.model.backbone.init_cfg = dict(type="Pretrained", checkpoint="nowhere.pth")
     with pytest.raises(FileNotFoundError, match=r"model.backbone.init_cfg.checkpoint: no file 'nowhere.pth'"):
         check_model(cfg)
+
+
+def test_initial_weights_that_are_none_or_do_not_fit(tmp_path):
+    file = tmp_path / "weights.pth"
+    cfg = detector()
+    cfg.model.backbone.init_cfg = dict(type="Pretrained", checkpoint=str(file))
+    file.write_text("not found")
+    with pytest.raises(ValueError, match=str(file)):
+        check_model(cfg)
+    torch.save(NAT(arch="tiny").state_dict(), file)
+    with pytest.raises(ValueError, match="the weights don't fit the model"):
+        check_model(cfg)
+    torch.save(NAT(arch="nano").state_dict(), file)
+    before = torch.get_rng_state()
+    check_model(cfg)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_initial_weights_by_published_name_or_from_a_folder(tmp_path):
