@@ -71,7 +71,6 @@ class Stage:
         """Compiled flex_attention with the same mask and bias, tokens in the order of rows."""
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        torch.compiler.reset()  # each stage is a recompilation, and after a few torch runs the rest uncompiled
         (height, width), dilation = self.size, self.dilation
 
         def start(place: Tensor, group: Tensor, length: int) -> Tensor:
@@ -104,10 +103,7 @@ class Stage:
 
     def swin(self, fused: bool, compiled: bool = False) -> Attend:
         windows = SwinWindows(self.size, window=KERNEL, shift=KERNEL // 2, fused=fused, device="cuda")
-        if compiled:
-            torch.compiler.reset()
-            return torch.compile(windows.__call__, dynamic=False)
-        return windows
+        return torch.compile(windows.__call__, dynamic=False) if compiled else windows
 
     def natten(self, fused: bool) -> Attend:
         """NATTEN, which has no bias: its fused kernels, or its path through compiled flex_attention."""
@@ -167,6 +163,7 @@ def check(stage: Stage, attend: Attend) -> float:
 
 
 def compare(stage: Stage, rounds: int, rates: tuple[float, float], deadline: float) -> list[dict]:
+    torch.compiler.reset()  # each stage is a recompilation, and after a few torch runs the rest uncompiled
     rows: dict[str, dict] = {}
     forwards, steps = {}, {}
     for name, build in contestants(stage).items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -123,12 +123,13 @@ class Tile:
             itemsize: Bytes of a number.
         """
         tokens, wide = math.prod(owned), token_bytes > WIDE_TOKEN
-        tile = cls(owned, (4, 16) if itemsize == 2 and not wide else (4, 8), warps=tokens // (8 if wide else 16))
+        block = (4, 16) if itemsize == 2 and not wide else (4, 8)
+        stages, registers = 2 if kernel == "forward" else 1, None
         if itemsize == 2 and token_bytes <= TUNED_TOKEN:
             stages, registers = TUNED[kernel]
-            block = (2, 16) if kernel == "forward" and tokens == 32 else tile.block
-            return replace(tile, block=block, stages=stages, registers=registers)
-        return replace(tile, stages=2 if kernel == "forward" else 1)
+            if kernel == "forward" and tokens == 32:
+                block = (2, 16)
+        return cls(owned, block, tokens // (8 if wide else 16), stages, registers)
 
     def cost(self, members: Pair, kernel_size: Pair) -> int:
         """Of all queries of a dilation group of `members` tokens, in pairs of a query and a key."""
@@ -147,7 +148,6 @@ def _blocks(members: int, kernel: int, owned: int, block: int) -> int:
     return sum(_cdiv(start(last) + kernel - start(first), block) for first, last in tiles)
 
 
-@functools.lru_cache(maxsize=4096)
 def choose_tile(kernel: str, members: Pair, kernel_size: Pair, token_bytes: int, itemsize: int) -> Tile:
     """The cheapest of `TILES` for dilation groups of `members` tokens; the other arguments are those of `Tile.of`."""
     tiles = [Tile.of(kernel, owned, token_bytes, itemsize) for owned in TILES.values()]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nat_dense.ops import backend_report, na2d, triton_na2d
+from nat_dense.ops import backend_report, na2d, reference, triton_na2d
 from nat_dense.ops.problem import Problem
 from nat_dense.ops.reference import window_indices
 from tests.ops.cases import Case
@@ -30,9 +30,9 @@ FULL = (
     Case("largest window and head", (40, 70), (13, 13), (1, 2), heads=2, dim=128),
     Case("smallest window, odd head", (65, 67), (3, 3), (2, 3), heads=3, dim=40, strided=True),
 )
-TOLERANCE = {torch.float32: 1e-4} | {d: 6 * torch.finfo(d).eps for d in (torch.bfloat16, torch.float16)}
-"""Of the largest of millions of values. Weights, the output and gradients of logits are rounded to the tokens' dtype as
-in torch's own fused attention, which `test_as_exact_as_torch` holds the kernels against."""
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2**-5, torch.float16: 2**-8}
+"""Of the largest of millions of values. Weights and gradients of logits are rounded to the tokens' dtype, which alone
+makes 0.021 on the largest map in bfloat16 (and eight times less in float16)."""
 
 
 def run(case: Case, dtype: torch.dtype, backend: str, rounded: torch.dtype) -> dict[str, torch.Tensor]:
@@ -45,10 +45,22 @@ def run(case: Case, dtype: torch.dtype, backend: str, rounded: torch.dtype) -> d
     return {"out": out.detach()} | dict(zip(leaves, gradients, strict=True))
 
 
+def expected(case: Case, dtype: torch.dtype, out: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Output of the reference in float64 and its gradients where the output was rounded to `out`, as gradients go on
+    from what the forward pass left."""
+    leaves = {n: t if t is None else t.detach().double() for n, t in case.tensors(dtype, device=out.device).items()}
+    grad_out = leaves.pop("grad_out")
+    settings = case.kernel_size, case.dilation, case.dim**-0.5
+    exact, lse = reference.forward(*leaves.values(), *settings)
+    gradients = reference.backward(grad_out, *leaves.values(), out.double(), lse, *settings)
+    return {"out": exact} | {n: g for n, g in zip(leaves, gradients, strict=True) if g is not None}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", FULL, ids=lambda case: case.name)
 def test_equals_reference_in_float64(case, dtype):
-    found, wanted = run(case, dtype, "auto", dtype), run(case, torch.float64, "reference", dtype)
+    found = run(case, dtype, "auto", dtype)
+    wanted = expected(case, dtype, found["out"])
     if case.padded and dtype is not torch.float32:  # gradients of logits cancel where most keys are the padded one
         found, wanted = ({name: each[name] for name in ("out", "value", "pad_value")} for each in (found, wanted))
     assert_close(found, wanted, TOLERANCE[dtype])

@@ -192,7 +192,7 @@ def test_tiles_fill_the_matrix_units(kernel, variant, token_bytes, itemsize):
     tile = Tile.of(kernel, triton_na2d.TILES[variant], token_bytes, itemsize)
     assert tile.owned[0] * tile.owned[1] >= 16
     assert tile.block[0] * tile.block[1] >= 16
-    if kernel == "query_gradient":
+    if kernel != "forward":  # which sums no gradient, and has smaller blocks
         assert tile.owned[0] * tile.block[0] >= 16
         assert tile.owned[1] * tile.block[1] >= 16
     assert tile.warps == tile.owned[0] * tile.owned[1] // (16 if token_bytes == 64 else 8)
