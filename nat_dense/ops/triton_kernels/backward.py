@@ -95,34 +95,27 @@ def query_gradient_kernel(
         table = bias_table(bias, head, KERNEL, BINS)
     else:
         table = None
+    sources = ((key, pad_key, key_strides), (value, pad_value, value_strides))
+    owner = (batch, head, group, members, dilation)
     low, end = key_box(first, members, KERNEL, TILE)
     for block_w in range(low[1], end[1], BLOCK[1]):
         for block_h in range(low[0], end[0], BLOCK[0]):
             corner = (block_h, block_w)
-            k, v, keys, real = key_block(
-                (key, value),
-                (pad_key, pad_value),
-                (key_strides, value_strides),
-                batch,
-                head,
-                group,
-                members,
+            k, v, real, logits = key_block(
+                q,
+                queries,
+                sources,
+                owner,
                 corner,
-                dilation,
-                BLOCK,
-                DIM,
-                BLOCK_D,
-            )
-            logits = logits_of(
-                dot(q, tl.trans(k), PRECISION),
-                (keys[0][None, :], keys[1][None, :]),
-                (queries[0][:, None], queries[1][:, None]),
-                members,
                 table,
                 scale,
                 log_sum[:, None],
                 KERNEL,
+                BLOCK,
                 BINS,
+                DIM,
+                BLOCK_D,
+                PRECISION,
             )
             weights = tl.exp2(logits)
             grad_logits = weights * (dot(g, tl.trans(v), PRECISION) - d[:, None])

@@ -126,41 +126,6 @@ def complete(tokens, valid, pad, head, DIM: tl.constexpr, BLOCK_D: tl.constexpr)
 
 
 @triton.jit
-def key_block(
-    tensors,
-    pads,
-    strides,
-    batch,
-    head,
-    group,
-    members,
-    corner,
-    dilation,
-    BLOCK: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """A block of keys with their values, padded tokens in place of what is not on the map.
-
-    Args:
-        tensors, pads, strides: Of keys and of values.
-        corner: Place of the first key.
-
-    Returns:
-        keys, values: [N, BLOCK_D].
-        places: Rows and columns.
-        real: Which of them are on the map.
-    """
-    place = places(corner, BLOCK)
-    real = within(place, members)
-    k_pointers = token_pointers(tensors[0], batch, head, group, corner, BLOCK, dilation, strides[0])
-    k = complete(load_tokens(k_pointers, real, DIM, BLOCK_D), real, pads[0], head, DIM, BLOCK_D)
-    v_pointers = token_pointers(tensors[1], batch, head, group, corner, BLOCK, dilation, strides[1])
-    v = complete(load_tokens(v_pointers, real, DIM, BLOCK_D), real, pads[1], head, DIM, BLOCK_D)
-    return k, v, place, real
-
-
-@triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
     """a x b, summed in float32; "widened" is for Triton's interpreter, whose products know no bfloat16."""
     if PRECISION == "widened":
@@ -207,3 +172,47 @@ def logits_of(products, keys, queries, members, table, scale, shift, KERNEL: tl.
     column = (keys[1] - window_start(queries[1], full[1], KERNEL[1])).to(tl.uint32)
     logits = tl.where(column < KERNEL[1], logits, float("-inf"))
     return logits + tl.where(row < KERNEL[0], -shift, float("-inf"))
+
+
+@triton.jit
+def key_block(
+    q,
+    queries,
+    sources,
+    owner,
+    corner,
+    table,
+    scale,
+    shift,
+    KERNEL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BINS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A block of keys with their values, padded tokens in place of what is not on the map, and the queries' logits.
+
+    Args:
+        q, queries: [M, BLOCK_D] and their places.
+        sources: Of keys and of values a tensor, a padded token or None, and strides.
+        owner: Batch, head, group, members and dilation of the program.
+        corner: Place of the first key.
+        table, scale, shift: As in `logits_of`.
+
+    Returns:
+        keys, values: [N, BLOCK_D].
+        real: Which of them are on the map.
+        logits: [M, N].
+    """
+    batch, head, group, members, dilation = owner
+    keys = places(corner, BLOCK)
+    real = within(keys, members)
+    k_pointers = token_pointers(sources[0][0], batch, head, group, corner, BLOCK, dilation, sources[0][2])
+    k = complete(load_tokens(k_pointers, real, DIM, BLOCK_D), real, sources[0][1], head, DIM, BLOCK_D)
+    v_pointers = token_pointers(sources[1][0], batch, head, group, corner, BLOCK, dilation, sources[1][2])
+    v = complete(load_tokens(v_pointers, real, DIM, BLOCK_D), real, sources[1][1], head, DIM, BLOCK_D)
+    key_places, query_places = (keys[0][None, :], keys[1][None, :]), (queries[0][:, None], queries[1][:, None])
+    products = dot(q, tl.trans(k), PRECISION)
+    logits = logits_of(products, key_places, query_places, members, table, scale, shift, KERNEL, BINS)
+    return k, v, real, logits

@@ -15,7 +15,6 @@ from nat_dense.ops.triton_kernels.common import (
     key_block,
     key_box,
     load_tokens,
-    logits_of,
     places,
     store_tokens,
     tile_of_program,
@@ -82,34 +81,14 @@ def forward_kernel(
         table = bias_table(bias, head, KERNEL, BINS)
     else:
         table = None
+    sources = ((key, pad_key, key_strides), (value, pad_value, value_strides))
+    owner = (batch, head, group, members, dilation)
     low, end = key_box(first, members, KERNEL, TILE)
     for block_w in range(low[1], end[1], BLOCK[1]):
         for block_h in range(low[0], end[0], BLOCK[0]):
             corner = (block_h, block_w)
-            k, v, keys, _ = key_block(
-                (key, value),
-                (pad_key, pad_value),
-                (key_strides, value_strides),
-                batch,
-                head,
-                group,
-                members,
-                corner,
-                dilation,
-                BLOCK,
-                DIM,
-                BLOCK_D,
-            )
-            logits = logits_of(
-                dot(q, tl.trans(k), PRECISION),
-                (keys[0][None, :], keys[1][None, :]),
-                (queries[0][:, None], queries[1][:, None]),
-                members,
-                table,
-                scale,
-                0.0,
-                KERNEL,
-                BINS,
+            _, v, _, logits = key_block(
+                q, queries, sources, owner, corner, table, scale, 0.0, KERNEL, BLOCK, BINS, DIM, BLOCK_D, PRECISION
             )
             larger = tl.maximum(largest, tl.max(logits, 1))
             shift = tl.where(larger == float("-inf"), 0.0, larger)  # no key of the window yet
