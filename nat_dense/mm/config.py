@@ -19,6 +19,12 @@ OUR_KEYS = {"runner_type", "tta_model", "tta_pipeline", "data_checks"}
 """Top-level keys of a config that the tools read and that are no argument of `Runner`."""
 
 
+def evaluators(cfg: Config, loader: str) -> list[Any]:
+    """The evaluators that go with a dataloader: a config has one, a list of them or none."""
+    found = cfg.get(loader.replace("dataloader", "evaluator")) or []
+    return list(found) if isinstance(found, (list, tuple)) else [found]
+
+
 def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     """Reads a config and merges the values of `--cfg-options` into it.
 

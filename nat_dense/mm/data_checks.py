@@ -19,6 +19,7 @@ from mmengine.registry import DATASETS
 from torch.utils.data import DataLoader
 
 from nat_dense.mm.coco_file import check_categories, check_coco_file
+from nat_dense.mm.config import evaluators
 from nat_dense.mm.errors import did_you_mean
 from nat_dense.mm.images import CHANNELS, Picture, find_bad_images, find_bad_labels, sample
 
@@ -115,9 +116,10 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
     warnings = []
     for loader in loaders:
         _check_loader_fields(cfg[loader], loader)
+        scored, part = _is_scored(cfg, loader), _naming_part(cfg) if loader == "test_dataloader" else None
         named: dict[str, Path] = {}
         for source in _sources(cfg[loader].get("dataset"), f"{loader}.dataset"):
-            pictures = _find_pictures(source, checks, annotated=_is_scored(cfg, loader))
+            pictures = _find_pictures(source, checks, annotated=scored)
             bad = find_bad_images(pictures, checks["images"], _expected_channels(cfg, source))
             warnings += _report_bad_images(source, bad, len(pictures), checks)
             unread = len(pictures) - len(sample(pictures, checks["images"]))
@@ -128,23 +130,25 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
                 )
             _check_labels(source, [p for p in pictures if p.path not in bad], checks)
             _check_heads(cfg.model, source)
-            if loader == "test_dataloader" and _names_files_after_images(cfg):
-                _check_names(source, pictures, named)
+            if part:
+                _check_names(source, pictures, part, named)
     for loader in sorted(set(loaders) - {"train_dataloader"}):
         _check_evaluator(cfg, loader)
     return warnings
 
 
-def _names_files_after_images(cfg: Config) -> bool:
-    """Whether a test draws or writes a file for each image."""
+def _naming_part(cfg: Config) -> str | None:
+    """What of an image's path names the files that a test draws or writes for it; None where it makes none."""
+    if any(evaluator.get("output_dir") for evaluator in evaluators(cfg, "test_dataloader")):
+        return "stem"
     hook = (cfg.get("default_hooks") or {}).get("visualization") or {}
-    return bool(hook.get("draw")) or any(e.get("output_dir") for e in _evaluators(cfg, "test_dataloader"))
+    return "name" if hook.get("draw") else None
 
 
-def _check_names(source: Source, pictures: list[Picture], named: dict[str, Path]) -> None:
-    """Refuses images of one name in several folders; `named` has those of the dataset's other parts."""
+def _check_names(source: Source, pictures: list[Picture], part: str, named: dict[str, Path]) -> None:
+    """Refuses images that share this part of their path; `named` has those of the dataset's other sources."""
     for picture in pictures:
-        other = named.setdefault(picture.path.stem, picture.path)
+        other = named.setdefault(getattr(picture.path, part), picture.path)
         if other != picture.path:
             raise ValueError(
                 f"{source.name}: {str(other)!r} and {str(picture.path)!r} have one name, and --show-dir and --out name "
@@ -189,15 +193,10 @@ def _sources(dataset: Any, name: str) -> Iterator[Source]:
         yield Source(name, dataset, cls)
 
 
-def _evaluators(cfg: Config, loader: str) -> list[Any]:
-    evaluators = cfg.get(loader.replace("dataloader", "evaluator")) or []
-    return list(evaluators) if isinstance(evaluators, (list, tuple)) else [evaluators]
-
-
 def _is_scored(cfg: Config, loader: str) -> bool:
     """Whether a run compares with annotations; a test for a server only writes what it finds."""
-    evaluators = _evaluators(cfg, loader)
-    return not evaluators or not all(evaluator.get("format_only") for evaluator in evaluators)
+    found = evaluators(cfg, loader)
+    return not found or not all(evaluator.get("format_only") for evaluator in found)
 
 
 def _find_pictures(source: Source, checks: dict[str, str], annotated: bool) -> list[Picture]:
@@ -321,7 +320,7 @@ def _check_heads(model: dict, source: Source) -> None:
 def _check_evaluator(cfg: Config, loader: str) -> None:
     name = loader.replace("dataloader", "evaluator")
     sources = [s for s in _sources(cfg[loader].get("dataset"), f"{loader}.dataset") if s.reader == COCO_DATASET]
-    for evaluator in _evaluators(cfg, loader):
+    for evaluator in evaluators(cfg, loader):
         file = evaluator.get("ann_file")
         if file and "://" not in file and not Path(file).is_file():
             raise FileNotFoundError(

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 
+from nat_dense.mm.config import evaluators
+
 FLIP_META = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
 """What MMDetection's test-time augmentation needs to know of each view to merge it."""
 
@@ -87,17 +89,17 @@ def set_out(cfg: Config, out: str) -> None:
     """
     if Path(out).is_file():
         raise FileExistsError(f"--out {out}: there is such a file, which is not overwritten; name another.")
-    evaluators = _test_evaluators(cfg)
+    written = evaluators(cfg, "test_dataloader")
     is_pickle = Path(out).suffix in (".pkl", ".pickle")
     if cfg.get("default_scope") == "mmseg":
         if is_pickle:
             raise ValueError(f"--out {out}: predictions of a segmentor are PNG files; name a directory.")
-        evaluators[0].output_dir = out
+        written[0].output_dir = out
     elif not is_pickle:
         raise ValueError(f"--out {out}: predictions of a detector are a pickle; name a .pkl file.")
     else:
-        evaluators = [*evaluators, dict(type="DumpDetResults", out_file_path=out)]
-    cfg.test_evaluator = evaluators
+        written.append(dict(type="DumpDetResults", out_file_path=out))
+    cfg.test_evaluator = written
 
 
 def enable_tta(cfg: Config) -> list[str]:
@@ -120,7 +122,7 @@ def enable_tta(cfg: Config) -> list[str]:
         has_masks = bool(cfg.model.get("roi_head", {}).get("mask_head"))
         if has_masks:
             cfg.model.roi_head.update(mask_head=None, mask_roi_extractor=None)
-        for evaluator in _test_evaluators(cfg):
+        for evaluator in evaluators(cfg, "test_dataloader"):
             if "segm" in (evaluator.get("metric") or []):
                 has_masks = True
                 evaluator.metric = "bbox"
@@ -129,10 +131,6 @@ def enable_tta(cfg: Config) -> list[str]:
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
     cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
     return notices
-
-
-def _test_evaluators(cfg: Config) -> list[ConfigDict]:
-    return cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
 
 
 def _flip_and_pack() -> dict:
