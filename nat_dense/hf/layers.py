@@ -86,11 +86,8 @@ class SelfAttention(nn.Module):
         """
         if output_attentions:
             return self._with_weights(tokens)
-        query, key, value = self._project(tokens)
         out = attend(
-            query,
-            key,
-            value,
+            self._project(tokens),
             self.kernel_size,
             self.dilation,
             self.rpb,

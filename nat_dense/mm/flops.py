@@ -19,7 +19,7 @@ Source: fvcore's and `mmengine.analysis`'s operations per element of norms, resi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -276,12 +276,18 @@ class OperationCounter(TorchDispatchMode):
 
 
 _aten = torch.ops.aten
-_na2d = torch.ops.nat_dense.na2d
+_na2d, _na2d_qkv = torch.ops.nat_dense.na2d, torch.ops.nat_dense.na2d_qkv
 
-_MAC_KIND = {_aten.convolution: "convolution", _na2d: "na2d"}
+_MAC_KIND = {_aten.convolution: "convolution", _na2d: "na2d", _na2d_qkv: "na2d"}
+
+
+def _na2d_bias(rpb: Tensor | None, kernel_size: Sequence[int], output: tuple[Tensor, Tensor]) -> int:
+    return 0 if rpb is None else bias_additions(output[0].shape, kernel_size)
+
 
 _EXTRAS: dict[Any, tuple[str, Callable[[tuple, Any], int]]] = {
-    _na2d: ("na2d_bias", lambda args, _: 0 if args[3] is None else bias_additions(args[0].shape, args[6])),
+    _na2d: ("na2d_bias", lambda args, output: _na2d_bias(args[3], args[6], output)),
+    _na2d_qkv: ("na2d_bias", lambda args, output: _na2d_bias(args[1], args[4], output)),
     _aten.native_layer_norm: ("norm", lambda args, _: args[0].numel() * (4 if args[2] is None else 5)),
     _aten.native_group_norm: ("norm", lambda args, _: args[0].numel() * (4 if args[1] is None else 5)),
     # In eval mode a scale and a shift are all that a batch norm is.

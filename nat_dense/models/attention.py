@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from nat_dense.models.linear import Linear
-from nat_dense.ops import na2d, reference
+from nat_dense.ops import na2d, na2d_qkv, reference
 from nat_dense.ops.backends import check_name
 from nat_dense.ops.functional import na2d_rows
 from nat_dense.ops.problem import completed_size
@@ -74,16 +75,15 @@ class NeighborhoodAttention2D(nn.Module):
         A map smaller than the dilated window counts as zero-padded on the right and bottom before the projection, as
         in the released models: its padding is attended to and has the projection's biases as key and value.
         """
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)  # [B, H, W, heads, head_dim]
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, H, W, 3, heads, head_dim]
         if rows is not None:
+            query, key, value = qkv.unbind(3)
             window = self.kernel_size, self.dilation
             out = na2d_rows(query, key, value, *window, self.rpb, self.scale, rows, backend=self.backend)
         else:
             _, key_bias, value_bias = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
             out = attend(
-                query,
-                key,
-                value,
+                qkv,
                 self.kernel_size,
                 self.dilation,
                 self.rpb,
@@ -101,9 +101,7 @@ class NeighborhoodAttention2D(nn.Module):
 
 
 def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    qkv: Tensor | Sequence[Tensor],
     kernel_size: int,
     dilation: int,
     rpb: Tensor | None,
@@ -120,7 +118,8 @@ def attend(
     `NeighborhoodAttention2D.forward`.
 
     Args:
-        query, key, value: [B, H, W, heads, head_dim].
+        qkv: [B, H, W, 3, heads, head_dim] of one projection; or query, key and value, each [B, H, W, heads, head_dim],
+            of three.
         kernel_size, dilation, rpb, scale, backend: As in `nat_dense.ops.na2d`.
         key_bias, value_bias: [heads * head_dim], the projections' biases; None where they have none.
         dropout: Probability of dropping an attention weight. Above 0 the reference runs.
@@ -128,6 +127,7 @@ def attend(
     Returns:
         [B, H, W, heads, head_dim].
     """
+    query, key, value = qkv.unbind(3) if isinstance(qkv, Tensor) else qkv
     window = (kernel_size,) * 2, (dilation,) * 2
     size = (query.shape[1], query.shape[2])
     pad_key = pad_value = None
@@ -140,18 +140,10 @@ def attend(
     if dropout > 0:
         _warn_attention_dropout()
         return reference.forward(query, key, value, rpb, pad_key, pad_value, *window, scale, dropout=dropout)[0]
-    return na2d(
-        query,
-        key,
-        value,
-        kernel_size,
-        dilation,
-        rpb,
-        scale,
-        pad_key=pad_key,
-        pad_value=pad_value,
-        backend=backend,
-    )
+    settings: dict = dict(pad_key=pad_key, pad_value=pad_value, backend=backend)
+    if isinstance(qkv, Tensor):
+        return na2d_qkv(qkv, *window, rpb, scale, **settings)
+    return na2d(query, key, value, *window, rpb, scale, **settings)
 
 
 _warned = False

@@ -6,6 +6,6 @@ Start with `functional.py` (the operator), then `reference.py` (its definition) 
 
 from nat_dense.ops import flops  # noqa: F401  (registers the operation counts)
 from nat_dense.ops.backends import Backend, backend_report
-from nat_dense.ops.functional import na2d
+from nat_dense.ops.functional import na2d, na2d_qkv
 
-__all__ = ["Backend", "backend_report", "na2d"]
+__all__ = ["Backend", "backend_report", "na2d", "na2d_qkv"]

@@ -103,4 +103,4 @@ def backward(
             grad_out, query, key, value, rpb, pad_key, pad_value, lse, kernel_size, dilation, scale, variant
         )
     )
-    return tuple(None if t is None else next(gradients) for t in (query, key, value, rpb, pad_key, pad_value))
+    return next(gradients), *(None if t is None else next(gradients) for t in (rpb, pad_key, pad_value))

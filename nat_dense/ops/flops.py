@@ -47,6 +47,11 @@ def _forward_flops(query, key, value, rpb, pad_key, pad_value, kernel_size, *set
     return 2 * FORWARD_PRODUCTS * product_macs(query, kernel_size)
 
 
+@register_flop_formula(torch.ops.nat_dense.na2d_qkv)
+def _packed_flops(qkv, rpb, pad_key, pad_value, kernel_size, *settings, out_shape=None, **named) -> int:
+    return 2 * FORWARD_PRODUCTS * product_macs((*qkv[:3], *qkv[4:]), kernel_size)
+
+
 @register_flop_formula(torch.ops.nat_dense.na2d_rows)
 def _rows_flops(query, key, value, rpb, kernel_size, dilation, scale, rows, *settings, out_shape=None, **named) -> int:
     return 2 * FORWARD_PRODUCTS * product_macs(out_shape, kernel_size)

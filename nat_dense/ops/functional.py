@@ -1,7 +1,8 @@
 """The operator: signature, validation, registration with torch.library, dispatch to a back end.
 
 `na2d` checks its arguments once and calls `torch.ops.nat_dense.na2d`, which torch.compile and torch.export see as one
-opaque operator with a shape rule, a gradient and an autocast rule. The back end is chosen when it runs.
+opaque operator with a shape rule, a gradient and an autocast rule. The back end is chosen when it runs. `na2d_qkv` does
+the same for tokens in one tensor, whose gradient is one tensor too.
 """
 
 from __future__ import annotations
@@ -58,13 +59,8 @@ def na2d(
 
     Source: NAT (arXiv:2204.07143) section 3.1, DiNAT (arXiv:2209.15001) section 3.1.
     """
-    kernel_size, dilation = _pair("kernel_size", kernel_size), _pair("dilation", dilation)
-    _check_tensors(query, key, value)
-    _check_window(query, kernel_size, dilation, padded=pad_key is not None)
-    _check_extras(query, rpb, pad_key, pad_value, kernel_size)
-    backends.check_name(backend)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     tensors = (query, key, value, rpb, pad_key, pad_value)
+    kernel_size, dilation, scale = _checked(*tensors, kernel_size, dilation, scale, backend)
     if is_transformed():
         if backend not in ("auto", "reference"):
             raise RuntimeError(
@@ -72,9 +68,46 @@ def na2d(
                 "reference can. Use backend='auto' to let it"
             )
         return reference.forward(*tensors, kernel_size, dilation, scale)[0]
-    out, _ = torch.ops.nat_dense.na2d(
-        query, key, value, rpb, pad_key, pad_value, list(kernel_size), list(dilation), scale, backend
-    )
+    out, _ = torch.ops.nat_dense.na2d(*tensors, list(kernel_size), list(dilation), scale, backend)
+    return out
+
+
+def na2d_qkv(
+    qkv: Tensor,
+    kernel_size: int | Pair,
+    dilation: int | Pair = 1,
+    rpb: Tensor | None = None,
+    scale: float | None = None,
+    *,
+    pad_key: Tensor | None = None,
+    pad_value: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """As `na2d(*qkv.unbind(3), ...)`, with one gradient that no copy is made of: autograd stacks those of `na2d`.
+
+    Args:
+        qkv: [B, H, W, 3, heads, head_dim]: query, key and value, as one projection makes them.
+        kernel_size, dilation, rpb, scale, pad_key, pad_value, backend: As in `na2d`.
+
+    Returns:
+        [B, H, W, heads, head_dim], as `na2d`.
+
+    Raises:
+        ValueError: As `na2d`, or qkv has another shape.
+        RuntimeError: As `na2d`.
+    """
+    if qkv.dim() != 6 or qkv.shape[3] != 3:
+        raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected [B, H, W, 3, heads, head_dim]")
+    query, key, value = qkv.unbind(3)
+    needs_grad = torch.is_grad_enabled() and qkv.requires_grad
+    # Inference and programs that leave Python know one operator.
+    if not needs_grad or is_transformed() or torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return na2d(
+            query, key, value, kernel_size, dilation, rpb, scale, pad_key=pad_key, pad_value=pad_value, backend=backend
+        )
+    extras = (rpb, pad_key, pad_value)
+    kernel_size, dilation, scale = _checked(query, key, value, *extras, kernel_size, dilation, scale, backend)
+    out, _ = torch.ops.nat_dense.na2d_qkv(qkv, *extras, list(kernel_size), list(dilation), scale, backend)
     return out
 
 
@@ -103,11 +136,7 @@ def na2d_rows(
         ValueError: As `na2d`, or there are no such rows.
         RuntimeError: As `na2d`, or a gradient would be lost.
     """
-    kernel_size, dilation = _pair("kernel_size", kernel_size), _pair("dilation", dilation)
-    _check_tensors(query, key, value)
-    _check_window(query, kernel_size, dilation, padded=False)
-    _check_extras(query, rpb, None, None, kernel_size)
-    backends.check_name(backend)
+    kernel_size, dilation, scale = _checked(query, key, value, rpb, None, None, kernel_size, dilation, scale, backend)
     if not 0 <= rows[0] < rows[1] <= query.shape[1]:
         raise ValueError(f"rows={rows}: expected first < last in a map of {query.shape[1]} rows")
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, rpb))
@@ -125,6 +154,27 @@ def is_transformed() -> bool:
     a word.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _checked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    pad_key: Tensor | None,
+    pad_value: Tensor | None,
+    kernel_size: int | Pair,
+    dilation: int | Pair,
+    scale: float | None,
+    backend: str,
+) -> tuple[Pair, Pair, float]:
+    """The kernel size and the dilation as pairs, and the scale, of arguments that fit; ValueError for others."""
+    kernel_size, dilation = _pair("kernel_size", kernel_size), _pair("dilation", dilation)
+    _check_tensors(query, key, value)
+    _check_window(query, kernel_size, dilation, padded=pad_key is not None)
+    _check_extras(query, rpb, pad_key, pad_value, kernel_size)
+    backends.check_name(backend)
+    return kernel_size, dilation, query.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
 def _pair(name: str, value: int | Pair) -> Pair:
@@ -182,14 +232,17 @@ def _check_extras(
 
 # --- registration -----------------------------------------------------------------------------------------------------
 
-_ARGUMENTS = "Tensor query, Tensor key, Tensor value, Tensor? rpb, Tensor? pad_key, Tensor? pad_value"
+_EXTRAS = "Tensor? rpb, Tensor? pad_key, Tensor? pad_value"
 _SETTINGS = "int[2] kernel_size, int[2] dilation, float scale, str backend"
-torch.library.define("nat_dense::na2d", f"({_ARGUMENTS}, {_SETTINGS}) -> (Tensor out, Tensor lse)")
+_OUTPUTS = "(Tensor out, Tensor lse)"
+torch.library.define(
+    "nat_dense::na2d", f"(Tensor query, Tensor key, Tensor value, {_EXTRAS}, {_SETTINGS}) -> {_OUTPUTS}"
+)
+torch.library.define("nat_dense::na2d_qkv", f"(Tensor qkv, {_EXTRAS}, {_SETTINGS}) -> {_OUTPUTS}")
 torch.library.define(
     "nat_dense::na2d_backward",
-    f"(Tensor grad_out, {_ARGUMENTS}, Tensor out, Tensor lse, {_SETTINGS}) "
-    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_rpb, Tensor grad_pad_key, "
-    "Tensor grad_pad_value)",
+    f"(Tensor grad_out, Tensor query, Tensor key, Tensor value, {_EXTRAS}, Tensor out, Tensor lse, {_SETTINGS}) "
+    "-> (Tensor grad_qkv, Tensor grad_rpb, Tensor grad_pad_key, Tensor grad_pad_value)",
 )
 torch.library.define(
     "nat_dense::na2d_rows",
@@ -211,18 +264,38 @@ def _run(pass_name, tensors, rpb, kernel_size, dilation, scale, backend, needs_g
     return getattr(row, pass_name)(*tensors, kernel_size, dilation, scale, **keywords)
 
 
-@torch.library.impl("nat_dense::na2d", "CompositeExplicitAutograd")
-def _na2d(query, key, value, rpb, pad_key, pad_value, kernel_size, dilation, scale, backend):
+def _forward(tensors, kernel_size, dilation, scale, backend, needs_grad):
+    query, rpb = tensors[0], tensors[3]
     if query.numel() == 0:
-        return _na2d_fake(query, key, value, rpb, pad_key, pad_value, kernel_size, dilation, scale, backend)
-    tensors = (query, key, value, rpb, pad_key, pad_value)
-    needs_grad = any(t is not None and t.requires_grad for t in tensors)
+        return _empty_outputs(query)
     return _run("forward", tensors, rpb, kernel_size, dilation, scale, backend, needs_grad)
 
 
-@torch.library.register_fake("nat_dense::na2d")
-def _na2d_fake(query, key, value, rpb, pad_key, pad_value, kernel_size, dilation, scale, backend):
+def _empty_outputs(query):
     return query.new_empty(query.shape), query.new_empty(query.shape[:4], dtype=accumulation_dtype(query.dtype))
+
+
+@torch.library.impl("nat_dense::na2d", "CompositeExplicitAutograd")
+def _na2d(query, key, value, rpb, pad_key, pad_value, kernel_size, dilation, scale, backend):
+    tensors = (query, key, value, rpb, pad_key, pad_value)
+    needs_grad = any(t is not None and t.requires_grad for t in tensors)
+    return _forward(tensors, kernel_size, dilation, scale, backend, needs_grad)
+
+
+@torch.library.impl("nat_dense::na2d_qkv", "CompositeExplicitAutograd")
+def _na2d_qkv(qkv, rpb, pad_key, pad_value, kernel_size, dilation, scale, backend):
+    tensors = (*qkv.unbind(3), rpb, pad_key, pad_value)
+    return _forward(tensors, kernel_size, dilation, scale, backend, needs_grad=True)  # else `na2d` runs
+
+
+@torch.library.register_fake("nat_dense::na2d")
+def _na2d_fake(query, *_others):
+    return _empty_outputs(query)
+
+
+@torch.library.register_fake("nat_dense::na2d_qkv")
+def _na2d_qkv_fake(qkv, *_others):
+    return _empty_outputs(qkv.select(3, 0))
 
 
 @torch.library.impl("nat_dense::na2d_rows", "CompositeExplicitAutograd")
@@ -239,22 +312,20 @@ def _na2d_backward(
     grad_out, query, key, value, rpb, pad_key, pad_value, out, lse, kernel_size, dilation, scale, backend
 ):
     if query.numel() == 0:
-        fake = _na2d_backward_fake(
-            grad_out, query, key, value, rpb, pad_key, pad_value, out, lse, kernel_size, dilation, scale, backend
-        )
-        return tuple(gradient.zero_() for gradient in fake)
+        return tuple(gradient.zero_() for gradient in _empty_gradients(query, rpb, pad_key, pad_value))
     tensors = (grad_out, query, key, value, rpb, pad_key, pad_value, out, lse)
     gradients = _run("backward", tensors, rpb, kernel_size, dilation, scale, backend, True)
     return tuple(query.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 @torch.library.register_fake("nat_dense::na2d_backward")
-def _na2d_backward_fake(
-    grad_out, query, key, value, rpb, pad_key, pad_value, out, lse, kernel_size, dilation, scale, backend
-):
-    return tuple(
-        query.new_empty(0) if t is None else t.new_empty(t.shape) for t in (query, key, value, rpb, pad_key, pad_value)
-    )
+def _na2d_backward_fake(_grad_out, query, _key, _value, rpb, pad_key, pad_value, *_others):
+    return _empty_gradients(query, rpb, pad_key, pad_value)
+
+
+def _empty_gradients(query, *extras):
+    grad_qkv = query.new_empty(*query.shape[:3], 3, *query.shape[3:])
+    return grad_qkv, *(query.new_empty(0) if t is None else t.new_empty(t.shape) for t in extras)
 
 
 def _setup_context(ctx, inputs, output):
@@ -264,15 +335,16 @@ def _setup_context(ctx, inputs, output):
 
 
 def _gradients(ctx, grad_out, _grad_lse):
-    *tensors, out, lse = ctx.saved_tensors
-    gradients = torch.ops.nat_dense.na2d_backward(
-        grad_out, *tensors, out, lse, ctx.kernel_size, ctx.dilation, ctx.scale, ctx.backend
+    """Of the tokens, one tensor or three as they came, and of the small tensors."""
+    *tokens, rpb, pad_key, pad_value, out, lse = ctx.saved_tensors
+    extras, is_packed = (rpb, pad_key, pad_value), len(tokens) == 1
+    query, key, value = tokens[0].unbind(3) if is_packed else tokens
+    grad_qkv, *grad_extras = torch.ops.nat_dense.na2d_backward(
+        grad_out, query, key, value, *extras, out, lse, ctx.kernel_size, ctx.dilation, ctx.scale, ctx.backend
     )
-    wanted = (gradient if t is not None else None for gradient, t in zip(gradients, tensors, strict=True))
-    return *wanted, None, None, None, None
-
-
-torch.library.register_autograd("nat_dense::na2d", _gradients, setup_context=_setup_context)
+    grad_tokens = (grad_qkv,) if is_packed else grad_qkv.unbind(3)
+    wanted = (gradient if t is not None else None for gradient, t in zip(grad_extras, extras, strict=True))
+    return *grad_tokens, *wanted, None, None, None, None
 
 
 def _refuse_second_derivative(_ctx, *_grads):
@@ -282,21 +354,25 @@ def _refuse_second_derivative(_ctx, *_grads):
 torch.library.register_autograd("nat_dense::na2d_backward", _refuse_second_derivative)
 
 
-def _autocast(device_type: str):
-    """Query, key and value go to autocast's dtype together; the small tensors keep float32, which kernels accept."""
+def _autocast(operator, device_type: str):
+    """The tokens go to autocast's dtype together; the small tensors keep float32, which kernels accept."""
 
-    def cast(query, key, value, rpb, pad_key, pad_value, kernel_size, dilation, scale, backend):
+    def cast(*arguments):
+        *tokens, rpb, pad_key, pad_value, kernel_size, dilation, scale, backend = arguments
         dtype = torch.get_autocast_dtype(device_type)
         with torch.amp.autocast(device_type, enabled=False):
-            lowered = [t if t.dtype is torch.float64 else t.to(dtype) for t in (query, key, value)]
+            lowered = [t if t.dtype is torch.float64 else t.to(dtype) for t in tokens]
             extras = [
                 t if t is None or t.dtype in (dtype, torch.float32) else t.to(torch.float32)
                 for t in (rpb, pad_key, pad_value)
             ]
-            return torch.ops.nat_dense.na2d(*lowered, *extras, kernel_size, dilation, scale, backend)
+            return operator(*lowered, *extras, kernel_size, dilation, scale, backend)
 
     return cast
 
 
-for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-    torch.library.impl("nat_dense::na2d", _key)(_autocast(_device))
+for _operator in (torch.ops.nat_dense.na2d, torch.ops.nat_dense.na2d_qkv):
+    _name = f"nat_dense::{_operator.__name__}"
+    torch.library.register_autograd(_name, _gradients, setup_context=_setup_context)
+    for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        torch.library.impl(_name, _key)(_autocast(_operator, _device))

@@ -121,12 +121,13 @@ def backward(
     kernel_size: Pair,
     dilation: Pair,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `forward`'s first output, from its inputs and outputs.
 
     Returns:
-        Gradients of query, key, value, rpb, pad_key and pad_value, each of its tensor's shape and dtype; None where
-        the tensor is None.
+        grad_qkv: [B, H, W, 3, N, D], those of query, key and value in their dtype; contiguous, so that one projection
+            that made the three gets its gradient without a copy.
+        grad_rpb, grad_pad_key, grad_pad_value: Each of its tensor's shape and dtype; None where the tensor is None.
     """
     acc = accumulation_dtype(query.dtype)
     height, width = query.shape[1:3]
@@ -154,10 +155,9 @@ def backward(
                 per_offset,
                 accumulate=True,
             )
+    real_key, real_value = (tokens[:, :height, :width].to(query.dtype) for tokens in (grad_key, grad_value))
     return (
-        grad_query,
-        grad_key[:, :height, :width].to(key.dtype).contiguous(),
-        grad_value[:, :height, :width].to(value.dtype).contiguous(),
+        torch.stack((grad_query, real_key, real_value), dim=3),
         None if grad_rpb is None or rpb is None else grad_rpb.to(rpb.dtype),
         _pad_gradient(grad_key, pad_key, (height, width)),
         _pad_gradient(grad_value, pad_value, (height, width)),

@@ -360,8 +360,9 @@ def backward(
             **key_launch.arguments,
             grad_scale=scale,
         )
+    grad_qkv = torch.stack(gradients, dim=3)
     grad_rpb = None if rpb is None or bias_sums is None else bias_sums.sum(0).to(rpb.dtype)
     if pad_sums is None:
-        return *gradients, grad_rpb, *(None if pad is None else torch.zeros_like(pad) for pad in (pad_key, pad_value))
+        return grad_qkv, grad_rpb, *(None if pad is None else torch.zeros_like(pad) for pad in (pad_key, pad_value))
     totals = zip(pad_sums.sum(0).unbind(1), (pad_key, pad_value), strict=True)
-    return *gradients, grad_rpb, *(None if pad is None else total.to(pad.dtype) for total, pad in totals)
+    return grad_qkv, grad_rpb, *(None if pad is None else total.to(pad.dtype) for total, pad in totals)

@@ -72,6 +72,15 @@ def test_macs_are_half_of_what_torch_counts():
     assert counts["na2d_bias"] * 2 * 32 == counts["na2d"]  # heads of 32 channels
 
 
+def test_gradients_change_no_count():
+    """In grad mode the operator for packed tokens runs."""
+    with torch.device("meta"):
+        model, image = NAT(arch="nano").eval(), torch.empty(1, 3, 96, 128)
+    with torch.enable_grad(), OperationCounter() as counter:
+        model(image)
+    assert counter.counts == counted(lambda: model(image))
+
+
 @pytest.mark.parametrize("dilations", [None, "segmentation"])
 def test_mmengine_counts_the_same(dilations):
     """On the CPU, where MMEngine traces a real run; the dilated maps are smaller than their windows."""

@@ -7,6 +7,7 @@ from mmengine.registry import MODELS
 from nat_dense.models import NAT, DiNAT, DiNAT_s, layers, variants
 from nat_dense.models.backbone import Stage
 from tests import golden
+from tests.ops.cases import OperatorsSeen
 
 SMALL = dict(embed_dim=32, depths=(1, 2, 2, 1), num_heads=(1, 2, 4, 8), kernel_size=3)
 FAMILIES = pytest.mark.parametrize("family", [NAT, DiNAT, DiNAT_s])
@@ -97,6 +98,19 @@ def test_every_parameter_gets_a_gradient(family):
     sum((m * torch.randn_like(m)).sum() for m in model(torch.randn(1, 3, 40, 48))).backward()
     missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert missing == []
+
+
+@FAMILIES
+def test_training_makes_one_gradient_of_the_projection(family):
+    """And inference runs the plain operator."""
+    model = family(**SMALL, drop_path_rate=0.0)
+    blocks = sum(SMALL["depths"])
+    with OperatorsSeen() as training:
+        sum(m.sum() for m in model(torch.randn(1, 3, 40, 48))).backward()
+    assert training.names == ["na2d_qkv"] * blocks + ["na2d_backward"] * blocks
+    with torch.no_grad(), OperatorsSeen() as inference:
+        model(torch.randn(1, 3, 40, 48))
+    assert inference.names == ["na2d"] * blocks
 
 
 def test_checkpointed_backward_equals_the_plain_one():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nat_dense.ops.problem import completed_size
 
@@ -44,6 +45,12 @@ class Case:
         leaves["grad_out"] = draw(*shape).detach()
         return leaves
 
+    def packed(self, dtype=torch.float64, **options) -> dict[str, torch.Tensor | None]:
+        """As `tensors`, with one leaf `qkv` [B, H, W, 3, heads, head_dim] for query, key and value."""
+        tensors = self.tensors(dtype, **options)
+        tokens = [tensors.pop(name).detach() for name in ("query", "key", "value")]
+        return {"qkv": torch.stack(tokens, dim=3).requires_grad_()} | tensors
+
     def __post_init__(self):
         fits = completed_size(self.size, self.kernel_size, self.dilation) == self.size
         assert fits or self.padded, self.name
@@ -71,3 +78,16 @@ CASES = (
     Case("pad given but not needed", (9, 10), padded=True, dim=8),
     Case("many columns", (8, 70), dim=16, heads=1),
 )
+
+
+class OperatorsSeen(TorchDispatchMode):
+    """The names of this package's operators that run inside it, in their order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "nat_dense":
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from nat_dense.ops import flops, na2d
+from nat_dense.ops import flops, na2d, na2d_qkv
 from nat_dense.ops.functional import na2d_rows
 
 
@@ -65,3 +65,15 @@ def test_rows_count_alone():
     with FlopCounterMode(display=False) as counter:
         na2d_rows(*maps, 7, 1, None, 1.0, (3, 8))
     assert counter.get_total_flops() == 4 * 7 * 7 * 32 * (2 * 5 * 30 * 4)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_packed_tokens_count_as_their_parts(device):
+    qkv = torch.zeros(1, 4, 6, 3, 2, 8, device=device, requires_grad=True)
+    with FlopCounterMode(display=False) as packed:
+        na2d_qkv(qkv, 3).sum().backward()
+    with FlopCounterMode(display=False) as parts:
+        na2d(*qkv.unbind(3), 3).sum().backward()
+    (counted,) = {name for name in packed.flop_counts["Global"] if str(name).endswith("na2d_qkv")}
+    assert packed.flop_counts["Global"][counted] == 4 * (3 * 3) * 8 * (4 * 6 * 2)
+    assert packed.get_total_flops() == parts.get_total_flops()

@@ -52,7 +52,8 @@ def expected(case: Case, dtype: torch.dtype, out: torch.Tensor) -> dict[str, tor
     grad_out = leaves.pop("grad_out")
     settings = case.kernel_size, case.dilation, case.dim**-0.5
     exact, lse = reference.forward(*leaves.values(), *settings)
-    gradients = reference.backward(grad_out, *leaves.values(), out.double(), lse, *settings)
+    grad_qkv, *extras = reference.backward(grad_out, *leaves.values(), out.double(), lse, *settings)
+    gradients = (*grad_qkv.unbind(3), *extras)
     return {"out": exact} | {n: g for n, g in zip(leaves, gradients, strict=True) if g is not None}
 
 

@@ -1,15 +1,20 @@
 """The operator as users meet it: validation, back-end choice, dtypes, compile, export, autocast."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch._dynamo.testing import AotEagerAndRecordGraphs
 
-from nat_dense.ops import backend_report, backends, na2d
+from nat_dense.ops import backend_report, backends, na2d, na2d_qkv
 from nat_dense.ops.functional import na2d_rows
 from nat_dense.ops.problem import Problem
-from tests.ops.cases import CASES, Case
+from tests.ops.cases import CASES, Case, OperatorsSeen
 
 CASE = Case("plain", (9, 11), (5, 3), (1, 2), dim=16)
 NATIVE = backends.TABLE[0].why_not(Problem((9, 11), (5, 3), (1, 2), 16, torch.float32, "cpu", True), "") is None
+UNBIASED = replace(CASE, name="no bias", rpb=False)
+PADDED = next(case for case in CASES if case.name == "padded, dilated")
 BACKENDS = ["reference", *(["cpu"] if NATIVE else [])]
 
 
@@ -114,12 +119,13 @@ def test_head_dim_without_unit_stride_is_accepted():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", [CASE, next(c for c in CASES if c.name == "padded, dilated")], ids=lambda c: c.name)
-def test_opcheck(case, backend):
-    tensors = case.tensors(torch.float32)
+@pytest.mark.parametrize("case", [CASE, PADDED], ids=lambda case: case.name)
+@pytest.mark.parametrize("name", ["na2d", "na2d_qkv"])
+def test_opcheck(name, case, backend):
+    tensors = case.tensors(torch.float32) if name == "na2d" else case.packed(torch.float32)
     tensors.pop("grad_out")
     arguments = (*tensors.values(), list(case.kernel_size), list(case.dilation), case.dim**-0.5, backend)
-    torch.library.opcheck(torch.ops.nat_dense.na2d.default, arguments)
+    torch.library.opcheck(getattr(torch.ops.nat_dense, name).default, arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -172,6 +178,187 @@ def test_second_derivatives_are_refused():
     (gradient,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         gradient.sum().backward()
+
+
+# --- tokens in one tensor ---------------------------------------------------------------------------------------------
+
+
+def of_parts(qkv, *arguments, **keywords):
+    """What `na2d_qkv` must equal."""
+    return na2d(*qkv.unbind(3), *arguments, **keywords)
+
+
+def differentiated(function, case=CASE, dtype=torch.float32, backend="auto"):
+    """Output and gradients by name."""
+    tensors = case.packed(dtype)
+    grad_out = tensors.pop("grad_out")
+    leaves = {name: t for name, t in tensors.items() if t is not None}
+    out = function(kernel_size=case.kernel_size, dilation=case.dilation, backend=backend, **tensors)
+    gradients = torch.autograd.grad(out, leaves.values(), grad_out.to(out.dtype))
+    return {"out": out.detach()} | dict(zip(leaves, gradients, strict=True))
+
+
+def assert_same_bits(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == wanted[name].dtype, name
+        assert torch.equal(tensor, wanted[name]), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", [CASE, UNBIASED, PADDED], ids=lambda case: case.name)
+def test_packed_tokens_give_the_bits_of_their_parts(case, dtype, backend):
+    found = differentiated(na2d_qkv, case, dtype, backend)
+    assert_same_bits(found, differentiated(of_parts, case, dtype, backend))
+    assert all(gradient.any() for gradient in found["qkv"].unbind(3))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_gradient_is_what_the_backend_wrote(dtype, backend, monkeypatch):
+    written = []
+
+    def watched(row):
+        def backward(*arguments, **keywords):
+            gradients = row.backward(*arguments, **keywords)
+            written.append(gradients[0])
+            return gradients
+
+        return replace(row, backward=backward)
+
+    monkeypatch.setattr(backends, "TABLE", tuple(map(watched, backends.TABLE)))
+    gradient = differentiated(na2d_qkv, dtype=dtype, backend=backend)["qkv"]
+    assert gradient.is_contiguous()
+    assert [gradient.data_ptr()] == [t.data_ptr() for t in written]
+
+
+def test_packed_head_dim_without_unit_stride_is_accepted():
+    qkv = torch.randn(1, 3, 16, 9, 11, 2).permute(0, 3, 4, 1, 5, 2)
+    found, wanted = qkv.clone().requires_grad_(), qkv.contiguous().requires_grad_()
+    assert found.stride(-1) != 1
+    for leaf in (found, wanted):
+        na2d_qkv(leaf, 3).square().sum().backward()
+    torch.testing.assert_close(found.grad, wanted.grad)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 9, 11, 2, 2, 16), (1, 3, 9, 11, 2, 16), (9, 11, 3, 2, 16), (1, 9, 11, 96), (1, 1, 9, 11, 3, 2, 16)]
+)
+@pytest.mark.parametrize("grad", [True, False])
+def test_tokens_that_are_not_packed_are_refused(shape, grad):
+    message = rf"qkv has shape \({', '.join(map(str, shape))}\); expected \[B, H, W, 3, heads, head_dim\]"
+    with pytest.raises(ValueError, match=message):
+        na2d_qkv(torch.zeros(shape, requires_grad=grad), 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kernel_size": 4}, r"kernel_size=\(4, 4\): expected odd numbers >= 3"),
+        ({"dilation": 4}, "map of 9 x 11 tokens is smaller than kernel_size . dilation = 12 x 12"),
+        ({"qkv": torch.zeros(1, 0, 9, 3, 2, 16)}, "only the batch may be empty"),
+        ({"rpb": torch.zeros(2, 5, 9)}, r"rpb has shape \(2, 5, 9\); expected \(2, 5, 5\)"),
+        ({"pad_key": torch.zeros(2, 16)}, "pad_key and pad_value go together"),
+        ({"backend": "cuda"}, "backend='cuda' is not known; expected 'auto' or one of"),
+    ],
+)
+@pytest.mark.parametrize("grad", [True, False])
+def test_bad_arguments_beside_packed_tokens_are_named(changes, message, grad):
+    arguments = {"qkv": torch.zeros(1, 9, 11, 3, 2, 16), "kernel_size": 3} | changes
+    arguments["qkv"] = arguments["qkv"].clone().requires_grad_(grad)
+    with pytest.raises(ValueError, match=message):
+        na2d_qkv(**arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batch_of_packed_tokens(backend):
+    found = differentiated(na2d_qkv, replace(CASE, batch=0), backend=backend)
+    assert found["out"].shape == (0, 9, 11, 2, 16)
+    assert found["qkv"].shape == (0, 9, 11, 3, 2, 16)
+    assert not found["rpb"].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_lowers_packed_tokens(dtype):
+    with torch.autocast("cpu", dtype=dtype), OperatorsSeen() as seen:
+        found = differentiated(na2d_qkv)
+    with torch.autocast("cpu", dtype=dtype):
+        wanted = differentiated(of_parts)
+    assert seen.names == ["na2d_qkv", "na2d_backward"]
+    assert (found["out"].dtype, found["qkv"].dtype, found["rpb"].dtype) == (dtype, torch.float32, torch.float32)
+    assert_same_bits(found, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd")  # torch's own recorder
+def test_packed_tokens_compile_into_one_graph_without_a_copy():
+    def step(qkv, rpb):
+        return na2d_qkv(qkv * 2, (5, 3), (1, 2), rpb).relu()
+
+    tensors = CASE.packed(torch.float32)
+    leaves, grad_out = [tensors["qkv"], tensors["rpb"]], tensors["grad_out"]
+    graphs = AotEagerAndRecordGraphs()
+    compiled = torch.compile(step, fullgraph=True, backend=graphs)(*leaves)
+    found = torch.autograd.grad(compiled, leaves, grad_out)
+    expected = step(*leaves)
+    torch.testing.assert_close(compiled, expected)
+    for gradient, wanted in zip(found, torch.autograd.grad(expected, leaves, grad_out), strict=True):
+        torch.testing.assert_close(gradient, wanted)
+    ahead, behind = (
+        {str(node.target) for node in graph.graph.nodes} for (graph,) in (graphs.fw_graphs, graphs.bw_graphs)
+    )
+    assert "nat_dense.na2d_qkv.default" in ahead
+    assert "nat_dense.na2d_backward.default" in behind
+    assert not behind & {"aten.stack.default", "aten.cat.default", "aten.clone.default"}
+
+
+def test_second_derivatives_of_packed_tokens_are_refused():
+    tensors = CASE.packed()
+    out = na2d_qkv(tensors["qkv"], CASE.kernel_size, CASE.dilation, tensors["rpb"])
+    (gradient,) = torch.autograd.grad(out.square().sum(), tensors["qkv"], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradient.sum().backward()
+
+
+def test_a_gradient_of_packed_tokens_decides_the_operator():
+    """Inference knows one operator; a bias alone that learns needs no gradient of the tokens."""
+    tensors = CASE.packed(torch.float32)
+
+    def names(qkv):
+        with OperatorsSeen() as seen:
+            na2d_qkv(qkv, CASE.kernel_size, CASE.dilation, tensors["rpb"])
+        return seen.names
+
+    assert names(tensors["qkv"]) == ["na2d_qkv"]
+    assert names(tensors["qkv"].detach()) == ["na2d"]
+    with torch.no_grad():
+        assert names(tensors["qkv"]) == ["na2d"]
+
+
+class PackedModule(torch.nn.Module):
+    def forward(self, qkv, rpb):
+        return na2d_qkv(qkv * 2, (5, 3), (1, 2), rpb)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_exported_packed_tokens_are_in_parts(strict):
+    tensors = CASE.packed(torch.float32)
+    inputs = (tensors["qkv"], tensors["rpb"])
+    program = torch.export.export(PackedModule(), inputs, strict=strict)
+    targets = [str(node.target) for node in program.graph.nodes if "nat_dense" in str(node.target)]
+    assert targets == ["nat_dense.na2d.default"]
+    torch.testing.assert_close(program.module()(*inputs), PackedModule()(*inputs))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traced_packed_tokens_are_in_parts():
+    tensors = CASE.packed(torch.float32)
+    traced = torch.jit.trace(PackedModule(), (tensors["qkv"], tensors["rpb"]))
+    kinds = [node.kind() for node in traced.inlined_graph.nodes() if node.kind().startswith("nat_dense")]
+    assert kinds == ["nat_dense::na2d"]
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

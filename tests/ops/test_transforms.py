@@ -6,7 +6,7 @@ from torch.autograd import forward_ad
 from torch.export import Dim
 
 from nat_dense.models.attention import NeighborhoodAttention2D
-from nat_dense.ops import na2d, reference
+from nat_dense.ops import na2d, na2d_qkv, reference
 from tests.ops.cases import Case
 
 CASE = Case("small", (5, 6), (3, 3), (1, 2), dim=4)
@@ -64,6 +64,19 @@ def test_second_derivatives_come_from_the_reference():
     wanted = torch.autograd.functional.hessian(lambda bias: defined(*tokens, bias).square().sum(), rpb)
     torch.testing.assert_close(found, wanted)
     assert wanted.abs().max() > 0.01
+
+
+def test_packed_tokens_are_transformed_as_their_parts():
+    """Also a leaf with a gradient of its own, which alone would choose the operator that loses tangents."""
+    *tokens, rpb = inputs(0)
+    qkv, tangent = torch.stack(tokens, dim=3).requires_grad_(), torch.stack(inputs(1)[:3], dim=3)
+    settings = CASE.kernel_size, CASE.dilation, rpb
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(na2d_qkv(forward_ad.make_dual(qkv, tangent), *settings)).tangent
+    _, wanted = torch.func.jvp(lambda *t: na2d(*t, *settings), tuple(tokens), inputs(1)[:3])
+    torch.testing.assert_close(found, wanted)
+    hessian = torch.func.hessian(lambda t: na2d_qkv(t, *settings)[0, 0, 0].square().sum())(qkv.detach())
+    assert hessian.abs().max() > 0.01
 
 
 def test_transforms_refuse_a_named_backend():

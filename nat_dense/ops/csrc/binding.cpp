@@ -185,6 +185,14 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   return {out.to(query.scalar_type()), lse};
 }
 
+// An uninitialised [B, H, W, parts, heads, head_dim].
+Tensor packed_like(const Tensor& query, int64_t parts, at::ScalarType type) {
+  std::vector<int64_t> sizes = query.sizes().vec();
+  sizes.insert(sizes.begin() + 3, parts);
+  Tensor t = at::empty(sizes, type);
+  return on_huge_pages(t);
+}
+
 // One thread's sums, and their total over threads in the order of the threads.
 struct Partials {
   Tensor bias, pad_key, pad_value;
@@ -206,23 +214,26 @@ std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& query, const 
                              const Tensor& lse, at::IntArrayRef kernel_size, at::IntArrayRef dilation, double scale,
                              std::string isa) {
   Problem problem(query, key, value, rpb, pad_key, pad_value, kernel_size, dilation, scale, isa, true);
-  const auto dtype = query.scalar_type();
   const Tensor logsumexp = lse.contiguous();
-  Tensor grad_query = at::empty(query.sizes(), problem.type);
-  Tensor grad_key = at::zeros(query.sizes(), problem.accumulation);
-  Tensor grad_value = at::zeros(query.sizes(), problem.accumulation);
+  Tensor grad_qkv = packed_like(query, 3, problem.type);
+  Tensor grad_kv = grad_qkv.narrow(3, 1, 2);
+  // Keys and values sum over many queries; a narrow type gets their sums when they are complete.
+  const bool separate = problem.type != problem.accumulation;
+  Tensor sums = separate ? packed_like(query, 2, problem.accumulation) : grad_kv;
+  sums.zero_();
   Call& call = problem.call;
   call.grad_out = problem.input(grad_out);
   call.lse = const_cast<void*>(logsumexp.const_data_ptr());
-  call.grad_query = map_of(on_huge_pages(grad_query));
-  call.grad_key = map_of(on_huge_pages(grad_key));
-  call.grad_value = map_of(on_huge_pages(grad_value));
+  call.grad_query = map_of(grad_qkv.select(3, 0));
+  call.grad_key = map_of(sums.select(3, 0));
+  call.grad_value = map_of(sums.select(3, 1));
   call.needs_grad_bias = rpb.has_value();
   Partials partials(call);
   each_item(items_of(call, 1, 0, call.rows.length), problem.kernels.backward_scratch(call), [&](const Item& item, const Item* next, void* memory) {
     problem.kernels.backward(call, item, next, partials.of_thread(), memory);
   });
-  std::vector<Tensor> gradients = {grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype)};
+  if (separate) grad_kv.copy_(sums);
+  std::vector<Tensor> gradients = {grad_qkv.to(query.scalar_type())};
   if (rpb) gradients.push_back(partials.bias.sum(0).to(rpb->scalar_type()));
   if (pad_key) gradients.push_back(partials.pad_key.sum(0).to(pad_key->scalar_type()));
   if (pad_value) gradients.push_back(partials.pad_value.sum(0).to(pad_value->scalar_type()));

@@ -103,7 +103,7 @@ struct Call {
   void* lse;  // accumulation type, [B, H, W, heads]
 
   Map grad_out, grad_query;  // backward
-  Map grad_key, grad_value;  // accumulation type, zeroed by the caller, contiguous
+  Map grad_key, grad_value;  // accumulation type, zeroed by the caller
   bool needs_grad_bias;
 };
 
