@@ -12,7 +12,8 @@ JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 # The GPU kernels on a CPU. Triton reads the variable when torch first imports it, so these tests have processes of their own.
-INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) tests/ops/test_triton.py
+KERNEL_TESTS := tests/ops/test_triton.py tests/models/test_gelu.py
+INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) $(KERNEL_TESTS)
 SOURCES := setup.py setup.cfg pyproject.toml $(wildcard nat_dense/ops/csrc/*)
 
 .PHONY: quickstart test test-slow test-hf4 test-gpu test-gpu-memcheck lint format clean setup
@@ -31,12 +32,12 @@ test-slow: $(VENV)/.installed
 # On a machine with a GPU, in any environment that has torch, triton and pytest. With pytest-xdist,
 # `PYTEST_ADDOPTS="-n 10" make test-gpu` compiles the kernels side by side: 51 s on an H100 and 16 cores.
 test-gpu:
-	$(PYTHON) -m pytest tests/ops/test_triton.py tests/ops/test_gpu.py
+	$(PYTHON) -m pytest $(KERNEL_TESTS) tests/ops/test_gpu.py tests/models/test_mlp.py
 
 # Reads and writes outside of tensors; slow. Without torch's own pool of memory they would go unseen.
 test-gpu-memcheck:
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
-	    $(PYTHON) -m pytest tests/ops/test_triton.py -k "float32 and not shared"
+	    $(PYTHON) -m pytest $(KERNEL_TESTS) -k "float32 and not shared and not full_size"
 
 # transformers 4.57.6 is the last release with a NAT of its own. The native kernels are those of .venv: one torch.
 test-hf4: $(VENV)/.installed $(HF4)/.installed

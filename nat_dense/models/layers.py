@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nat_dense.models.linear import Linear, is_traced
+from nat_dense.models.mlp import mlp
 from nat_dense.ops.functional import is_transformed
 
 RUN_BYTES = 1 << 20
@@ -128,14 +129,19 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.fc1(x)
         if not torch.is_grad_enabled():
-            out = self.fc2(self.drop(torch.ops.aten.gelu_(hidden)))
-        elif self.training and self.drop.p > 0:
-            out = self.fc2(self.drop(F.gelu(hidden)))
+            out = self.fc2(self.drop(torch.ops.aten.gelu_(self.fc1(x))))
+        elif (self.training and self.drop.p > 0) or not (_is_plain(self.fc1) and _is_plain(self.fc2)):
+            out = self.fc2(self.drop(F.gelu(self.fc1(x))))
         else:
-            out = self.fc2(hidden, gelu=True)
+            out = mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         return self.drop(out)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer's parameters are all there is to it: no adapter in its place, no parametrization, no hooks."""
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    return type(layer) is Linear and not any(hooks)
 
 
 def channels_last(image: Tensor) -> Tensor:

@@ -24,9 +24,8 @@ class Linear(nn.Linear):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
-        """[..., in_features] -> [..., out_features], of x or of its exact GELU."""
-        return (gelu_linear if gelu else linear)(x, self.weight, self.bias)
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -37,7 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight: [out_features, in_features].
         bias: [out_features] or None.
     """
-    if not _suits_onednn(x, weight):
+    if not suits_onednn(x, weight):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _Linear.apply(x, weight, bias)
@@ -60,38 +59,6 @@ class _Linear(torch.autograd.Function):
         return grad_x, *parameter_gradients(x, weight, grad, needs_bias)
 
 
-def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`linear` of the exact GELU of x, differentiable any number of times.
-
-    In training on oneDNN it keeps x alone and computes the GELU again in the backward pass: an MLP's widest map is kept
-    once and not twice, and less memory is mapped anew at every step, which costs more than the GELU.
-
-    Args:
-        x: [..., in_features].
-        weight: [out_features, in_features].
-        bias: [out_features] or None.
-    """
-    if not (torch.is_grad_enabled() and weight.requires_grad and _suits_onednn(x, weight)):
-        return linear(F.gelu(x), weight, bias)
-    return _GeluLinear.apply(x, weight, bias)
-
-
-class _GeluLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _product(F.gelu(x), weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        needs_x, _, needs_bias = ctx.needs_input_grad
-        parameters = parameter_gradients(F.gelu(x), weight, grad, needs_bias)
-        if not needs_x:
-            return None, *parameters
-        return torch.ops.aten.gelu_backward(linear(grad, weight.t(), None), x), *parameters
-
-
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
@@ -99,11 +66,17 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def parameter_gradients(x: Tensor, weight: Tensor, grad: Tensor, needs_bias: bool) -> tuple[Tensor, Tensor | None]:
     """Of the weight and the bias.
 
-    For many tokens as those of a convolution of one pixel: oneDNN's own product would lay out both operands anew, for
-    it sums over what varies slowest in memory; its convolution lays out the result only. A kernel of one pixel has no
-    dilation, but one that says so is what torch hands to oneDNN on any number of threads, unless it is very small.
+    Args:
+        x: [..., in_features].
+        weight: [out_features, in_features].
+        grad: [..., out_features], of the output.
+        needs_bias: Whether the bias's is wanted; else None takes its place.
+
+    On oneDNN, for many tokens as those of a convolution of one pixel: its own product would lay out both operands anew,
+    for it sums over what varies slowest in memory; its convolution lays out the result only. A kernel of one pixel has
+    no dilation, but one that says so is what torch hands to oneDNN on any number of threads, unless it is very small.
     """
-    if x.shape[:-1].numel() <= min(weight.shape):
+    if not suits_onednn(x, weight) or x.shape[:-1].numel() <= min(weight.shape):
         tokens = _tokens(grad)
         return linear(tokens.t(), _tokens(x).t(), None), tokens.sum(0) if needs_bias else None
     x, grad = (t if t.dim() == 4 else _tokens(t)[None, None] for t in (x, grad))
@@ -128,7 +101,7 @@ def _tokens(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
+def suits_onednn(x: Tensor, weight: Tensor) -> bool:
     """Plain float32 tensors on a CPU, outside autocast, tracing and transforms, which know F.linear."""
     return bool(
         _HAS_ONEDNN

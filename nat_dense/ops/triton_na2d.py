@@ -67,22 +67,29 @@ def why_not(problem: Problem, variant: str) -> str | None:
         return f"head_dim {problem.head_dim} is larger than {LARGEST_HEAD_DIM}"
     if max(problem.kernel_size) > LARGEST_KERNEL:
         return f"kernel_size {problem.kernel_size} is larger than {LARGEST_KERNEL}"
+    return why_no_kernels(problem.device) or _why_not_gpu(problem)
+
+
+def why_no_kernels(device: str) -> str | None:
+    """Why no kernel in Triton can run on a type of device, or None where they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: `pip install triton`"
     if interpreted():
         return None
-    if problem.device != "cuda":
-        return f"the tensors are on {problem.device}, not on a GPU (TRITON_INTERPRET=1 runs the kernels there, slowly)"
-    return _why_not_gpu(problem)
-
-
-def _why_not_gpu(problem: Problem) -> str | None:
+    if device != "cuda":
+        return f"the tensors are on {device}, not on a GPU (TRITON_INTERPRET=1 runs the kernels there, slowly)"
     if torch.version.hip is not None:
         return "the kernels have not been tried on AMD's GPUs"
     capability = torch.cuda.get_device_capability()
     if capability < OLDEST_GPU:
         found, needed = (".".join(map(str, pair)) for pair in (capability, OLDEST_GPU))
         return f"the GPU has compute capability {found}; Triton needs {needed}"
+    return None
+
+
+def _why_not_gpu(problem: Problem) -> str | None:
+    if interpreted():
+        return None
     head_dim, needed_bytes = WIDE_FLOAT32
     shared = torch.cuda.get_device_properties().shared_memory_per_block_optin  # type: ignore[attr-defined]
     if problem.dtype is torch.float32 and problem.head_dim > head_dim and shared < needed_bytes:

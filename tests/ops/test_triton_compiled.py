@@ -5,10 +5,12 @@ The interpreter runs kernels as Python, which takes much that Triton's compiler 
 
 import importlib.util
 import os
+import re
 
 import pytest
 import torch
 
+from nat_dense.models.gelu import BLOCK_COLUMNS, BLOCK_ROWS, WARPS, launch
 from nat_dense.ops import triton_na2d
 from nat_dense.ops.problem import Problem
 from tests.ops.cases import Case
@@ -54,8 +56,8 @@ class Gpu:
 
 
 @pytest.fixture
-def compile_for(monkeypatch):
-    """A function that runs forward and backward of a case in the launcher: three kernels, compiled and not launched."""
+def kernels(monkeypatch) -> list:
+    """Kernels in the order in which launchers call them: compiled and not launched."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -68,6 +70,13 @@ def compile_for(monkeypatch):
         "run",
         lambda self, *args, warmup, **options: kernels.append(run(self, *args, warmup=True, **options)),
     )
+    return kernels
+
+
+@pytest.fixture
+def compile_for(kernels):
+    """A function that runs forward and backward of a case in the launcher: three kernels."""
+    from triton.runtime import driver
 
     def compile_for(capability: int, case: Case, dtype: torch.dtype, variant: str = "") -> list:
         kernels.clear()
@@ -91,6 +100,32 @@ def test_compiles_within_the_shared_memory(case, dtype, capability, compile_for)
     for kernel in compile_for(capability, case, dtype):
         assert kernel.asm["cubin"]
         assert kernel.metadata.shared <= limit
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_gelu_takes_16_bytes_at_a_time(dtype, capability, kernels):
+    """At the widths of published models, which share a kernel."""
+    from triton.runtime import driver
+
+    driver.set_active(Gpu(capability))
+    for shape in ((2, 70, 192), (33, 1536)):
+        launch(*torch.randn(2, *shape).to(dtype))
+    assert kernels[0] is kernels[1]
+    assert kernels[0].metadata.shared <= SMALLEST_SHARED
+    code = kernels[0].asm["ptx"]
+    wide = 2 * BLOCK_ROWS * BLOCK_COLUMNS * dtype.itemsize // (16 * 32 * WARPS)  # of two maps, for each thread
+    assert re.findall(r"ld\.global\S*", code) == ["ld.global.v4.b32"] * wide
+    assert re.findall(r"st\.global\S*", code) == ["st.global.v4.b32"] * wide + ["st.global.b32"]  # the sums
+
+
+def test_a_gelu_of_an_odd_width_compiles(kernels):
+    from triton.runtime import driver
+
+    driver.set_active(Gpu(80))
+    for width in (1, 65):
+        launch(*torch.randn(2, 5, width))
+    assert all(kernel.asm["cubin"] for kernel in kernels)
 
 
 @pytest.mark.slow

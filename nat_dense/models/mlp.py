@@ -1,0 +1,88 @@
+"""Two linear layers with an exact GELU between them, as one function that keeps little for its backward pass.
+
+The maps around the GELU are the widest of a network. Of its own, torch keeps both, for the backward pass reads one and
+the product after it the other; torch.compile too, which computes nothing again that a product reads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nat_dense.models import gelu  # noqa: F401  (registers the operator)
+from nat_dense.models.linear import linear, parameter_gradients, suits_onednn
+from nat_dense.ops.functional import is_transformed
+
+LOWERED = (torch.float32, torch.bfloat16, torch.float16)
+"""What autocast lowers; in float64 the plain formula runs."""
+
+
+def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    """[..., dim] -> [..., out], differentiable any number of times.
+
+    In training on a GPU, and on a CPU where oneDNN multiplies, it keeps the map before the GELU and computes the one
+    after it again: less memory, on a CPU also less that is mapped anew at every step, which costs more than the GELU.
+
+    Args:
+        x: [..., dim].
+        weight1: [hidden_dim, dim].
+        bias1: [hidden_dim].
+        weight2: [out, hidden_dim].
+        bias2: [out].
+    """
+    tensors = (x, weight1, bias1, weight2, bias2)
+    if not (torch.is_grad_enabled() and weight1.requires_grad and weight2.requires_grad and _is_taken(*tensors)):
+        return linear(F.gelu(linear(x, weight1, bias1)), weight2, bias2)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):  # here, so that what is kept has autocast's dtype
+        return _Mlp.apply(*(t.to(torch.get_autocast_dtype(device)) for t in tensors))
+    return _Mlp.apply(*tensors)
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+        before = linear(x, weight1, bias1)
+        ctx.save_for_backward(x, before, weight1, bias1, weight2)
+        return linear(F.gelu(before), weight2, bias2)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, before, weight1, bias1, weight2 = ctx.saved_tensors
+        needs_x, _, needs_bias1, _, needs_bias2 = ctx.needs_input_grad
+        twice = torch.is_grad_enabled()
+        with torch.autocast(x.device.type, enabled=False):
+            if twice:
+                before = linear(x, weight1, bias1)  # what was kept is a constant to autograd
+            if _on_gpu(x) and not twice:
+                after, grad_before, sums = torch.ops.nat_dense.gelu_backward(linear(grad, weight2.t(), None), before)
+                of_second = parameter_gradients(after, weight2, grad, needs_bias2)
+                del after  # wide
+                grad_weight1, _ = parameter_gradients(x, weight1, grad_before, False)
+                of_first = grad_weight1, sums.to(bias1.dtype)
+            else:
+                of_second = parameter_gradients(F.gelu(before), weight2, grad, needs_bias2)
+                grad_before = torch.ops.aten.gelu_backward(linear(grad, weight2.t(), None), before)
+                of_first = parameter_gradients(x, weight1, grad_before, needs_bias1)
+            grad_x = linear(grad_before, weight1.t(), None) if needs_x else None
+        return grad_x, *of_first, *of_second
+
+
+def _is_taken(x: Tensor, *parameters: Tensor) -> bool:
+    """Plain tensors that the function is for, outside tracing and transforms, which know plain operations alone."""
+    if not _on_gpu(x):
+        return all(suits_onednn(x, parameter) for parameter in parameters)
+    return bool(
+        type(x) is Tensor
+        and all(type(parameter) in (Tensor, nn.Parameter) for parameter in parameters)
+        and all(t.dtype in LOWERED and t.device == x.device for t in (x, *parameters))
+        and (torch.is_autocast_enabled(x.device.type) or all(t.dtype == x.dtype for t in parameters))
+        and not torch.compiler.is_exporting()
+        and not torch.jit.is_tracing()
+        and not is_transformed()
+    )
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
