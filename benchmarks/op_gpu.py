@@ -20,7 +20,7 @@ from measure_gpu import Run, card_rates, gpu, input_sets, peak_memory, require_g
 from swin_windows import SwinWindows
 from torch import Tensor
 
-from nat_dense.ops import flops, na2d, reference, triton_na2d
+from nat_dense.ops import flops, na2d_qkv, reference, triton_na2d
 
 KERNEL, HEAD_DIM = 7, 32
 STAGES = (((200, 304), 2), ((100, 152), 4), ((50, 76), 8), ((25, 38), 16))  # of NAT-Tiny at 800 x 1216
@@ -59,7 +59,7 @@ class Stage:
 
     def ours(self, backend: str, with_bias: bool = True) -> Attend:
         def attend(qkv: Tensor, rpb: Tensor) -> Tensor:
-            return na2d(*qkv.unbind(3), KERNEL, self.dilation, rpb if with_bias else None, backend=backend)
+            return na2d_qkv(qkv, KERNEL, self.dilation, rpb if with_bias else None, backend=backend)
 
         return attend
 

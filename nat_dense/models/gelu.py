@@ -83,4 +83,4 @@ def launch(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             num_warps=WARPS,
             enable_fp_fusion=True,  # Triton 3.10 multiplies and adds in two steps unless told
         )
-    return gelu, grad_x, sums.sum(0)
+    return gelu, grad_x, triton_na2d.add_up(sums)

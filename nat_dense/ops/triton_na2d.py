@@ -19,26 +19,34 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_GPU = (8, 0)
 """Compute capability from which Triton supports NVIDIA's GPUs."""
 
-WIDE_FLOAT32 = 64, 160 << 10
-"""Largest head_dim in float32 that every such GPU can hold, and the bytes of shared memory that a larger one takes."""
-
-TILES: dict[str, Pair] = {"8x8": (8, 8), "16x4": (16, 4), "4x8": (4, 8), "4x4": (4, 4)}
-"""Tokens that one program may own (rows, columns), by the name of the variant."""
+TILES: dict[str, tuple[Pair, Pair]] = {"8x8": ((8, 8), (2, 8)), "4x8": ((4, 8), (2, 8)), "8x4": ((8, 4), (4, 4))}
+"""Tokens (rows, columns) that one program may own and those of its warps, by the name of the variant."""
 
 VARIANTS = tuple(TILES)
 
+SUM_BLOCK = 256, 16
+LONGEST_RUN, SHORTEST_RUN = 2048, 512
+"""Parts that one program adds up: more are shared out among several first."""
+
+REACH = 64
+"""Rows and columns within which all tokens lie that a program takes, counted from any of them: a tile, a kernel on both
+sides and a block are fewer."""
+
 KERNELS = ("forward", "query_gradient", "key_gradient")
 
-WIDE_TOKEN = 128
-"""Bytes of a head's channels from which on a program of usual size runs out of registers."""
-
 TUNED_TOKEN = 64
-TUNED = {"forward": (3, 128), "query_gradient": (2, 168), "key_gradient": (1, 168)}
-"""Stages and registers that were fastest on an H100 for tokens of 32 channels in two bytes each."""
+TUNED: dict[str, tuple[Pair, int, int | None]] = {
+    "forward": ((4, 16), 1, 128),
+    "query_gradient": ((2, 16), 2, 128),
+    "key_gradient": ((1, 16), 1, None),
+}
+"""Block, stages and registers that were fastest on an H200 for tokens of 32 channels in two bytes each."""
 
-LOAD_COST = 48
-"""What loading a token costs a program, in pairs of a query and a key that it could have computed instead; of the times
-of tiles on an H100."""
+WIDE_TOKEN = 128
+"""Bytes of a head's channels from which on blocks get smaller, lest a program run out of registers."""
+
+WIDEST_TOKEN = 256
+"""Bytes of a head's channels from which on a program has two strips at most, lest it run out of shared memory."""
 
 
 # --- what runs --------------------------------------------------------------------------------------------------------
@@ -67,7 +75,7 @@ def why_not(problem: Problem, variant: str) -> str | None:
         return f"head_dim {problem.head_dim} is larger than {LARGEST_HEAD_DIM}"
     if max(problem.kernel_size) > LARGEST_KERNEL:
         return f"kernel_size {problem.kernel_size} is larger than {LARGEST_KERNEL}"
-    return why_no_kernels(problem.device) or _why_not_gpu(problem)
+    return why_no_kernels(problem.device)
 
 
 def why_no_kernels(device: str) -> str | None:
@@ -87,18 +95,6 @@ def why_no_kernels(device: str) -> str | None:
     return None
 
 
-def _why_not_gpu(problem: Problem) -> str | None:
-    if interpreted():
-        return None
-    head_dim, needed_bytes = WIDE_FLOAT32
-    shared = torch.cuda.get_device_properties().shared_memory_per_block_optin  # type: ignore[attr-defined]
-    if problem.dtype is torch.float32 and problem.head_dim > head_dim and shared < needed_bytes:
-        return (
-            f"head_dim {problem.head_dim} in float32 takes {needed_bytes} bytes of shared memory, the GPU has {shared}"
-        )
-    return None
-
-
 # --- tiles ------------------------------------------------------------------------------------------------------------
 
 
@@ -108,56 +104,50 @@ class Tile:
 
     Attributes:
         owned: Tokens that it computes.
-        block: Tokens of the other side that it takes at a time.
-        warps: Of 32 threads.
+        strip: Those of one warp of 32 threads.
+        block: Tokens of the other side that a warp takes at a time.
         stages: Blocks that are on their way at a time.
         registers: Most that a thread may have, or None: fewer let more programs run side by side.
     """
 
     owned: Pair
+    strip: Pair
     block: Pair
-    warps: int
     stages: int = 1
     registers: int | None = None
 
     @classmethod
-    def of(cls, kernel: str, owned: Pair, token_bytes: int, itemsize: int) -> Tile:
+    def of(cls, kernel: str, variant: str, token_bytes: int, itemsize: int) -> Tile:
         """The block is as large as registers allow; in float32 products take each operand in two halves.
 
         Args:
             kernel: One of `KERNELS`.
+            variant: A name of `TILES`.
             token_bytes: Of a head's channels, filled up to a power of two.
             itemsize: Bytes of a number.
         """
-        tokens, wide = math.prod(owned), token_bytes > WIDE_TOKEN
-        block = (4, 16) if itemsize == 2 and not wide else (4, 8)
-        stages, registers = 2 if kernel == "forward" else 1, None
+        owned, strip = TILES[variant]
+        if token_bytes > WIDEST_TOKEN:
+            owned = min(owned[0], 2 * strip[0]), owned[1]
         if itemsize == 2 and token_bytes <= TUNED_TOKEN:
-            stages, registers = TUNED[kernel]
-            if kernel == "forward" and tokens == 32:
-                block = (2, 16)
-        return cls(owned, block, tokens // (8 if wide else 16), stages, registers)
+            return cls(owned, strip, *TUNED[kernel])
+        return cls(owned, strip, (2, 16) if itemsize == 2 and token_bytes <= WIDE_TOKEN else (2, 8))
+
+    @property
+    def warps(self) -> int:
+        return math.prod(self.owned) // math.prod(self.strip)
 
     def cost(self, members: Pair, kernel_size: Pair) -> int:
         """Of all queries of a dilation group of `members` tokens, in pairs of a query and a key."""
-        blocks = (_blocks(*axis) for axis in zip(members, kernel_size, self.owned, self.block, strict=True))
-        return math.prod(blocks) * math.prod(self.block) * (math.prod(self.owned) + LOAD_COST)
-
-
-def _blocks(members: int, kernel: int, owned: int, block: int) -> int:
-    """Blocks of keys on one axis, summed over the tiles of queries."""
-    full = max(members, kernel)
-
-    def start(place: int) -> int:
-        return min(max(place - kernel // 2, 0), full - kernel)
-
-    tiles = ((first, min(first + owned, members) - 1) for first in range(0, members, owned))
-    return sum(_cdiv(start(last) + kernel - start(first), block) for first, last in tiles)
+        tiles = math.prod(_cdiv(*axis) for axis in zip(members, self.owned, strict=True))
+        axes = zip(kernel_size, self.strip, self.block, strict=True)
+        keys = math.prod(_cdiv(k + tokens - 1, block) * block for k, tokens, block in axes)
+        return tiles * math.prod(self.owned) * keys
 
 
 def choose_tile(kernel: str, members: Pair, kernel_size: Pair, token_bytes: int, itemsize: int) -> Tile:
     """The cheapest of `TILES` for dilation groups of `members` tokens; the other arguments are those of `Tile.of`."""
-    tiles = [Tile.of(kernel, owned, token_bytes, itemsize) for owned in TILES.values()]
+    tiles = [Tile.of(kernel, variant, token_bytes, itemsize) for variant in TILES]
     return min(tiles, key=lambda tile: tile.cost(members, kernel_size))
 
 
@@ -218,7 +208,7 @@ def _launch(
     token = block_d * itemsize, itemsize
     size, groups = (height, width), tuple(min(n, d) for n, d in zip((height, width), dilation, strict=True))
     members = (_cdiv(height, dilation[0]), _cdiv(width, dilation[1]))
-    tile = Tile.of(kernel, TILES[variant], *token) if variant else choose_tile(kernel, members, kernel_size, *token)
+    tile = Tile.of(kernel, variant, *token) if variant else choose_tile(kernel, members, kernel_size, *token)
     tiles = tuple(_cdiv(n, owned) for n, owned in zip(members, tile.owned, strict=True))
     fewest = tuple(_cdiv(n // g, owned) for n, g, owned in zip(size, groups, tile.owned, strict=True))
     programs_per_head = batch * math.prod(groups) * math.prod(tiles)
@@ -232,11 +222,13 @@ def _launch(
         "scale": scale * math.log2(math.e),
         "KERNEL": kernel_size,
         "TILE": tile.owned,
+        "STRIP": tile.strip,
         "BLOCK": tile.block,
         "BINS": tuple(max(16, _power_of_two(2 * k - 1)) for k in kernel_size),
         "DIM": dim,
         "BLOCK_D": block_d,
         "PRECISION": precision,
+        "DILATED": dilation != (1, 1),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         "maxnreg": tile.registers,
@@ -263,8 +255,17 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if matmul.allow_tf32 else "tf32x3"
 
 
-def _strides(**tensors: Tensor) -> dict[str, tuple[int, ...]]:
-    return {f"{name}_strides": tensor.stride()[:4] for name, tensor in tensors.items()}
+def _strides(dilation: Pair, **tensors: Tensor) -> dict:
+    """Arguments that say where tokens are. Calls on views of one projection spare registers: see `forward_kernel`."""
+    import triton.language as tl
+
+    strides = {f"{name}_strides": tensor.stride()[:4] for name, tensor in tensors.items()}
+    _, _, width, heads, dim = tensors["query"].shape
+    steps = [stride[1:3] for stride in strides.values()] + [(width * heads * dim, heads * dim)]  # of what is written
+    farthest = REACH * max(sum(n * d for n, d in zip(step, dilation, strict=True)) for step in steps)
+    if strides["value_strides"] == strides["key_strides"]:
+        strides["value_strides"] = None
+    return strides | {"OFFSET": tl.int32 if farthest < 2**31 else tl.int64}
 
 
 def _bias(rpb: Tensor | None) -> Tensor | None:
@@ -297,7 +298,7 @@ def forward(
             *pads,
             out,
             lse,
-            **_strides(query=query, key=key, value=value),
+            **_strides(dilation, query=query, key=key, value=value),
             **launch.arguments,
         )
     return out, lse
@@ -322,10 +323,11 @@ def backward(
     launch, key_launch = (
         Launch.of(kernel, query, kernel_size, dilation, scale, variant) for kernel in ("query_gradient", "key_gradient")
     )
-    heads, dim = query.shape[3:]
     bias, out, lse = _bias(rpb), out.contiguous(), lse.contiguous()
     pads = launch.pads(query, pad_key, pad_value)
-    gradients = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value)]
+    batch, height, width, heads, dim = query.shape
+    grad_qkv = torch.empty(batch, height, width, 3, heads, dim, dtype=query.dtype, device=query.device)
+    gradients = grad_qkv.unbind(3)
     stats = torch.empty(*lse.shape, 2, dtype=torch.float32, device=query.device)
     entries = [2 * k - 1 for k in kernel_size]
 
@@ -336,7 +338,7 @@ def backward(
 
     bias_sums = None if bias is None else sums(*entries)
     pad_sums = sums(2, dim) if launch.is_padded else None
-    strides = _strides(grad_out=grad_out, query=query, key=key, value=value)
+    strides = _strides(dilation, grad_out=grad_out, query=query, key=key, value=value, grad=gradients[0])
     with torch.cuda.device_of(query):
         _kernels().query_gradient_kernel[launch.grid](
             grad_out,
@@ -367,9 +369,25 @@ def backward(
             **key_launch.arguments,
             grad_scale=scale,
         )
-    grad_qkv = torch.stack(gradients, dim=3)
-    grad_rpb = None if rpb is None or bias_sums is None else bias_sums.sum(0).to(rpb.dtype)
+    grad_rpb = None if rpb is None or bias_sums is None else add_up(bias_sums).to(rpb.dtype)
     if pad_sums is None:
         return grad_qkv, grad_rpb, *(None if pad is None else torch.zeros_like(pad) for pad in (pad_key, pad_value))
-    totals = zip(pad_sums.sum(0).unbind(1), (pad_key, pad_value), strict=True)
+    totals = zip(add_up(pad_sums).unbind(1), (pad_key, pad_value), strict=True)
     return grad_qkv, grad_rpb, *(None if pad is None else total.to(pad.dtype) for total, pad in totals)
+
+
+def add_up(parts: Tensor) -> Tensor:
+    """The sum over the first axis of float32 [n, ...], contiguous; the same bits in every run.
+
+    torch's own sum takes up to four times as long where the first axis is the long one.
+    """
+    while len(parts) > 1:
+        runs = 1 if len(parts) <= LONGEST_RUN else -(-len(parts) // SHORTEST_RUN)
+        totals = torch.empty(runs, *parts.shape[1:], dtype=parts.dtype, device=parts.device)
+        columns = totals[0].numel()
+        with torch.cuda.device_of(parts):
+            _kernels().sum_kernel[runs, _cdiv(columns, SUM_BLOCK[1])](
+                parts, totals, len(parts), columns, _cdiv(len(parts), runs), BLOCK=SUM_BLOCK
+            )
+        parts = totals
+    return parts[0]

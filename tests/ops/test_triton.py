@@ -111,6 +111,13 @@ def test_every_element_of_every_output_is_written():
 
 
 @needs_kernels
+@pytest.mark.parametrize("shape", [(1, 3), (300, 2, 13, 13), (2049, 17)])
+def test_adds_up(shape):
+    parts = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    torch.testing.assert_close(triton_na2d.add_up(parts), parts.double().sum(0).float(), rtol=1e-5, atol=1e-4)
+
+
+@needs_kernels
 def test_log_sum_exp():
     case = named("padded, dilated")
     tensors = {n: None if t is None else t.detach() for n, t in case.tensors(torch.float32, device=DEVICE).items()}
@@ -124,11 +131,14 @@ def test_log_sum_exp():
 
 @needs_kernels
 @pytest.mark.skipif(HAS_GPU, reason="test_gpu.py has offsets of this size in memory that is really there")
-def test_heads_far_apart():
-    """The third head begins 2**31 numbers after the first, in memory that is reserved and mostly untouched."""
+@pytest.mark.parametrize("axis", [1, 3], ids=["rows", "heads"])
+def test_offsets_beyond_32_bits(axis):
+    """The third row or head begins 2**31 numbers after the first, in memory that is reserved and mostly untouched."""
     heads, dim, apart = 3, 8, 2**30
-    room = torch.empty(2 * apart + 9 * dim, dtype=torch.float16)
-    far = room.as_strided((1, 3, 3, heads, dim), (9 * dim, 3 * dim, dim, apart, 1))
+    room = torch.empty(2 * apart + 27 * dim, dtype=torch.float16)
+    strides = [27 * dim, 9 * dim, 3 * dim, dim, 1]
+    strides[axis] = apart
+    far = room.as_strided((1, 3, 3, heads, dim), strides)
     far.copy_(torch.randn(far.shape, generator=torch.Generator().manual_seed(0)))
     near = far.contiguous()
     assert torch.equal(na2d(far, far, far, 3, backend="triton"), na2d(near, near, near, 3, backend="triton"))
@@ -168,34 +178,41 @@ def test_float32_bias_with_bfloat16_tokens():
 
 
 def test_tiles_follow_the_group():
-    """Big groups take many tokens a program, groups of a few tokens no more than they have."""
-    assert choose_tile("forward", (200, 304), (7, 7), 64, 2).owned == (4, 8)
-    assert choose_tile("key_gradient", (200, 304), (7, 7), 64, 2).owned == (8, 8)
-    assert choose_tile("forward", (2, 2), (7, 7), 64, 2).owned == (4, 4)
-    assert choose_tile("forward", (64, 64), (13, 13), 64, 2).owned == (16, 4)  # 16 columns of keys are one block
+    """Large where nothing is lost by it, else what leaves the fewest tokens of a program without work."""
+    assert choose_tile("forward", (200, 304), (7, 7), 64, 2).owned == (8, 8)
+    assert choose_tile("forward", (50, 76), (7, 7), 64, 2).owned == (4, 8)
+    assert choose_tile("forward", (16, 4), (7, 7), 64, 2).owned == (8, 4)
 
 
-def test_cost_counts_the_blocks_of_every_tile():
-    """8 x 8 queries in the interior see 14 x 14 keys; in the corners 11 x 11."""
-    tile = Tile((8, 8), (4, 16), warps=4)
-    rows, columns = 3 + 4 + 3, 1 + 1 + 1  # blocks over three tiles on an axis of 24
-    pairs_of_a_block = 4 * 16 * (64 + triton_na2d.LOAD_COST)
-    assert tile.cost((24, 24), (7, 7)) == rows * columns * pairs_of_a_block
+def test_cost_counts_the_pairs_of_every_tile():
+    """Strips of 2 x 8 queries see 8 x 14 keys, two blocks of 4 x 16; 24 x 20 tokens take 3 x 3 tiles."""
+    tile = Tile((8, 8), (2, 8), (4, 16))
+    assert tile.warps == 4
+    assert tile.cost((24, 20), (7, 7)) == 3 * 3 * 64 * (2 * 64)
 
 
 @pytest.mark.parametrize("kernel", triton_na2d.KERNELS)
 @pytest.mark.parametrize("variant", triton_na2d.VARIANTS)
-@pytest.mark.parametrize("token_bytes", [64, 256])
+@pytest.mark.parametrize("token_bytes", [64, 128, 256, 512])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_tiles_fill_the_matrix_units(kernel, variant, token_bytes, itemsize):
-    """Products need 16 on each side: tokens, and pairs of rows and of columns where the bias's gradient is summed."""
-    tile = Tile.of(kernel, triton_na2d.TILES[variant], token_bytes, itemsize)
-    assert tile.owned[0] * tile.owned[1] >= 16
+    """A warp's products are 16 tokens high and sum over 16 at least; a tile is a stack of strips."""
+    tile = Tile.of(kernel, variant, token_bytes, itemsize)
+    assert tile.strip[0] * tile.strip[1] == 16
     assert tile.block[0] * tile.block[1] >= 16
-    if kernel != "forward":  # which sums no gradient, and has smaller blocks
-        assert tile.owned[0] * tile.block[0] >= 16
-        assert tile.owned[1] * tile.block[1] >= 16
-    assert tile.warps == tile.owned[0] * tile.owned[1] // (16 if token_bytes == 64 else 8)
+    assert tile.owned == (tile.warps * tile.strip[0], tile.strip[1])
+    if kernel == "query_gradient":  # which sums the bias's gradient over pairs of rows, doubled at most once
+        assert tile.owned[0] * tile.block[0] >= 8
+
+
+def test_offsets_are_wide_where_they_must_be():
+    near = torch.empty(1, 9, 9, 2, 16, device="meta")
+    far = torch.empty_strided(near.shape, (0, 2**25, 32, 16, 1), device="meta")
+    strides = triton_na2d._strides((1, 1), query=near, key=near, value=near)
+    assert (strides["OFFSET"].primitive_bitwidth, strides["value_strides"]) == (32, None)
+    strides = triton_na2d._strides((1, 1), query=near, key=near, value=far)
+    assert (strides["OFFSET"].primitive_bitwidth, strides["value_strides"]) == (64, far.stride()[:4])
+    assert triton_na2d._strides((2**20, 1), query=near, key=near, value=near)["OFFSET"].primitive_bitwidth == 64
 
 
 def test_programs_without_tokens_are_known():
@@ -227,20 +244,14 @@ def test_says_why_not(changes, reason):
 
 
 @pytest.mark.parametrize(
-    ("capability", "shared", "reason"),
-    [
-        ((7, 5), 64 << 10, "the GPU has compute capability 7.5; Triton needs 8.0"),
-        ((8, 9), 99 << 10, "head_dim 128 in float32 takes 163840 bytes of shared memory, the GPU has 101376"),
-        ((9, 0), 227 << 10, None),
-    ],
+    ("capability", "reason"),
+    [((7, 5), "the GPU has compute capability 7.5; Triton needs 8.0"), ((8, 6), None), ((9, 0), None)],
 )
-def test_small_gpus_are_refused(monkeypatch, capability, shared, reason):
+def test_old_gpus_are_refused(monkeypatch, capability, reason):
     """What a GPU says of itself is made up; the rest is real."""
     monkeypatch.setattr(triton_na2d.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(triton_na2d, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    card = type("Card", (), {"shared_memory_per_block_optin": shared})
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: card)
     problem = Problem((9, 9), (3, 3), (1, 1), 128, torch.float32, "cuda", True)
     assert triton_na2d.why_not(problem, "") == reason
 

@@ -12,7 +12,6 @@ import torch
 
 from nat_dense.models.gelu import BLOCK_COLUMNS, BLOCK_ROWS, WARPS, launch
 from nat_dense.ops import triton_na2d
-from nat_dense.ops.problem import Problem
 from tests.ops.cases import Case
 
 pytestmark = [
@@ -86,7 +85,9 @@ def compile_for(kernels):
         settings = (case.kernel_size, case.dilation, 1.0, variant)
         out, lse = triton_na2d.forward(*tensors.values(), *settings)
         triton_na2d.backward(grad_out, *tensors.values(), out, lse, *settings)
-        assert [kernel.name for kernel in kernels] == ["forward_kernel", "query_gradient_kernel", "key_gradient_kernel"]
+        names = [kernel.name for kernel in kernels]
+        assert names[:3] == ["forward_kernel", "query_gradient_kernel", "key_gradient_kernel"]
+        assert set(names[3:]) <= {"sum_kernel"}
         return list(kernels)
 
     return compile_for
@@ -95,11 +96,9 @@ def compile_for(kernels):
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(("case", "dtype"), COMPILED)
 def test_compiles_within_the_shared_memory(case, dtype, capability, compile_for):
-    head_dim, needed = triton_na2d.WIDE_FLOAT32
-    limit = needed if dtype is torch.float32 and case.dim > head_dim else SMALLEST_SHARED
     for kernel in compile_for(capability, case, dtype):
         assert kernel.asm["cubin"]
-        assert kernel.metadata.shared <= limit
+        assert kernel.metadata.shared <= SMALLEST_SHARED
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -144,15 +143,4 @@ def test_maps_of_many_sizes_share_their_kernels(compile_for):
         for size, heads in zip(sizes, (2, 1, 16, 3), strict=True)
     ]
     for found in sets[1:]:
-        assert all(kernel is first for kernel, first in zip(found, sets[0], strict=True))
-
-
-def test_the_limit_is_what_the_launcher_says(monkeypatch):
-    """`WIDE_FLOAT32` keeps the kernels that need more off small GPUs."""
-    problem = Problem((64, 80), (7, 7), (1, 1), triton_na2d.WIDE_FLOAT32[0], torch.float32, "cuda", True)
-    card = type("Card", (), {"shared_memory_per_block_optin": SMALLEST_SHARED})
-    monkeypatch.setattr(triton_na2d, "interpreted", lambda: False)
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: card)
-    assert triton_na2d.why_not(problem, "") is None
+        assert {id(kernel) for kernel in found} <= {id(kernel) for kernel in sets[0]}

@@ -11,7 +11,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def tile_of_program(shape, dilation, tiles, TILE: tl.constexpr):
+def tile_of_program(shape, dilation, tiles, TILE: tl.constexpr, DILATED: tl.constexpr):
     """What this program works on.
 
     Heads vary fastest, then groups: programs that run at the same time share cache lines and a region of the map.
@@ -19,6 +19,7 @@ def tile_of_program(shape, dilation, tiles, TILE: tl.constexpr):
     Args:
         shape: H, W, heads.
         tiles: Rows and columns of tiles over the largest group.
+        DILATED: Whether there is more than one group.
 
     Returns:
         batch, head.
@@ -26,26 +27,46 @@ def tile_of_program(shape, dilation, tiles, TILE: tl.constexpr):
         members: Rows and columns of tokens in the group.
         first: Place of the tile's first token; beyond `members` where this group has fewer tiles than the largest.
     """
-    groups_h, groups_w = tl.minimum(dilation[0], shape[0]), tl.minimum(dilation[1], shape[1])
-    rest = tl.program_id(0)
-    head = rest % shape[2]
-    rest = rest // shape[2]
-    group_w = rest % groups_w
-    rest = rest // groups_w
-    group_h = rest % groups_h
-    rest = rest // groups_h
-    tile_w = rest % tiles[1]
-    rest = rest // tiles[1]
-    tile_h = rest % tiles[0]
-    members = (tl.cdiv(shape[0] - group_h, dilation[0]), tl.cdiv(shape[1] - group_w, dilation[1]))
-    return rest // tiles[0], head, (group_h, group_w), members, (tile_h * TILE[0], tile_w * TILE[1])
+    rest, head = split(tl.program_id(0), shape[2])
+    if DILATED:
+        rest, group_w = split(rest, tl.minimum(dilation[1], shape[1]))
+        rest, group_h = split(rest, tl.minimum(dilation[0], shape[0]))
+        members = (tl.cdiv(shape[0] - group_h, dilation[0]), tl.cdiv(shape[1] - group_w, dilation[1]))
+    else:
+        group_h, group_w, members = 0, 0, (shape[0], shape[1])
+    rest, tile_w = split(rest, tiles[1])
+    batch, tile_h = split(rest, tiles[0])
+    return batch, head, (group_h, group_w), members, (tile_h * TILE[0], tile_w * TILE[1])
 
 
 @triton.jit
-def places(first, BOX: tl.constexpr):
-    """Rows and columns of a box's tokens, each int32 [BOX rows * BOX columns]."""
-    index = tl.arange(0, BOX[0] * BOX[1])
-    return first[0] + index // BOX[1], first[1] + index % BOX[1]
+def split(number, by):
+    """Quotient and remainder of numbers that are not negative: a division without signs is shorter."""
+    quotient = (number.to(tl.uint32) // by.to(tl.uint32)).to(tl.int32)
+    return quotient, number - quotient * by
+
+
+@triton.jit
+def strips(TILE: tl.constexpr, STRIP: tl.constexpr):
+    """First row of each strip of a tile, counted from the tile's first: int32 [strips, 1]."""
+    return tl.arange(0, TILE[0] // STRIP[0])[:, None] * STRIP[0]
+
+
+@triton.jit
+def box(low, BOX: tl.constexpr):
+    """Places of the tokens of boxes, of which each strip has its own: rows int32 [strips, n], columns int32 [1, n].
+
+    Args:
+        low: First rows [strips, 1], and the first column, which is the same for all.
+    """
+    index = tl.arange(0, BOX[0] * BOX[1])[None, :]
+    return low[0] + index // BOX[1], low[1] + index % BOX[1]
+
+
+@triton.jit
+def moved(place, by):
+    """A place, further on by some rows and columns."""
+    return place[0] + by[0], place[1] + by[1]
 
 
 @triton.jit
@@ -67,15 +88,18 @@ def window_start(place, members, KERNEL: tl.constexpr):
 
 
 @triton.jit
-def key_box(first, members, KERNEL: tl.constexpr, TILE: tl.constexpr):
-    """First place, and the one after the last, of the keys in the windows of a tile of queries."""
+def first_key(rows, first, members, KERNEL: tl.constexpr):
+    """Place of the first key in the windows of each strip, counted from the tile's first query.
+
+    The windows of a strip lie in a box of KERNEL + STRIP - 1 rows and columns from there.
+
+    Args:
+        rows: First row of each strip, counted from the tile's first query.
+        first: Place of that.
+    """
     full = completed(members, KERNEL)
-    last_h = tl.minimum(first[0] + TILE[0], members[0]) - 1
-    last_w = tl.minimum(first[1] + TILE[1], members[1]) - 1
-    low = (window_start(first[0], full[0], KERNEL[0]), window_start(first[1], full[1], KERNEL[1]))
-    end_h = window_start(last_h, full[0], KERNEL[0]) + KERNEL[0]
-    end_w = window_start(last_w, full[1], KERNEL[1]) + KERNEL[1]
-    return low, (end_h, end_w)
+    row = window_start(first[0] + rows, full[0], KERNEL[0]) - first[0]
+    return row, window_start(first[1], full[1], KERNEL[1]) - first[1]
 
 
 @triton.jit
@@ -86,43 +110,68 @@ def contiguous_strides(shape, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def token_pointers(tensor, batch, head, group, first, BOX: tl.constexpr, dilation, strides):
-    """Pointers to the first channel of a head's tokens in a box of places; strides are those of [B, H, W, heads].
+def token_pointers(tensor, owner, corner, place, strides, OFFSET: tl.constexpr):
+    """Pointers to the first channel of a head's tokens, [strips, n].
 
-    What depends on the box's place is one number: from block to block a program has a sum a pointer to do.
+    Args:
+        owner: Batch, head, group, members and dilation of the program.
+        corner: Place that `place` is counted from: all that changes from block to block is one number.
+        place: From `box`.
+        strides: Of [B, H, W, heads].
+        OFFSET: Integer type that holds what lies between the corner and its tokens.
     """
-    index = tl.arange(0, BOX[0] * BOX[1])
-    row, column = group[0] + dilation[0] * first[0], group[1] + dilation[1] * first[1]
+    batch, head, group, _, dilation = owner
+    row, column = group[0] + dilation[0] * corner[0], group[1] + dilation[1] * corner[1]
     origin = batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[3]
     origin += row.to(tl.int64) * strides[1] + column.to(tl.int64) * strides[2]
     # Widened before the strides come in and not earlier: the GPU has one instruction for such a product.
-    down, right = (index // BOX[1]) * dilation[0], (index % BOX[1]) * dilation[1]
-    return (tensor + origin) + (down.to(tl.int64) * strides[1] + right.to(tl.int64) * strides[2])
+    down, right = (place[0] * dilation[0]).to(OFFSET), (place[1] * dilation[1]).to(OFFSET)
+    return (tensor + origin) + (down * tl.cast(strides[1], OFFSET) + right * tl.cast(strides[2], OFFSET))
 
 
 @triton.jit
 def load_tokens(pointers, valid, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Tokens [len(pointers), BLOCK_D]; zeros where not valid and beyond DIM."""
-    channel = tl.arange(0, BLOCK_D)[None, :]
-    return tl.load(pointers[:, None] + channel, mask=valid[:, None] & (channel < DIM), other=0.0)
+    """Tokens [strips, n, BLOCK_D]; zeros where not valid and beyond DIM."""
+    channel = tl.arange(0, BLOCK_D)[None, None, :]
+    return tl.load(pointers[:, :, None] + channel, mask=valid[:, :, None] & (channel < DIM), other=0.0)
+
+
+@triton.jit
+def load_turned(pointers, valid, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Tokens [strips, BLOCK_D, n], as `load_tokens`.
+
+    For a product that sums over channels. What is turned only when it is in registers goes through shared memory in
+    many small steps.
+    """
+    channel = tl.arange(0, BLOCK_D)[None, :, None]
+    return tl.load(pointers[:, None, :] + channel, mask=valid[:, None, :] & (channel < DIM), other=0.0)
 
 
 @triton.jit
 def store_tokens(pointers, valid, tokens, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """The opposite of `load_tokens`, in the dtype that the pointers have."""
-    channel = tl.arange(0, BLOCK_D)[None, :]
+    channel = tl.arange(0, BLOCK_D)[None, None, :]
     rounded = tokens.to(pointers.dtype.element_ty)
-    tl.store(pointers[:, None] + channel, rounded, mask=valid[:, None] & (channel < DIM))
+    tl.store(pointers[:, :, None] + channel, rounded, mask=valid[:, :, None] & (channel < DIM))
 
 
 @triton.jit
-def complete(tokens, valid, pad, head, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def complete(tokens, valid, pad, head, DIM: tl.constexpr, BLOCK_D: tl.constexpr, TURNED: tl.constexpr):
     """Puts a head's padded token [DIM] where tokens are not valid; nothing without a pad."""
     if pad is not None:
         channel = tl.arange(0, BLOCK_D)
         padded = tl.load(pad + head * DIM + channel, mask=channel < DIM, other=0.0)
-        tokens = tl.where(valid[:, None], tokens, padded[None, :])
+        if TURNED:
+            tokens = tl.where(valid[:, None, :], tokens, padded[None, :, None])
+        else:
+            tokens = tl.where(valid[:, :, None], tokens, padded[None, None, :])
     return tokens
+
+
+@triton.jit
+def turned(tokens):
+    """[strips, n, channels] -> [strips, channels, n]."""
+    return tl.permute(tokens, (0, 2, 1))
 
 
 @triton.jit
@@ -150,12 +199,13 @@ def bias_table(bias, head, KERNEL: tl.constexpr, BINS: tl.constexpr):
 
 
 @triton.jit
-def logits_of(products, keys, queries, members, table, scale, shift, KERNEL: tl.constexpr, BINS: tl.constexpr):
+def logits_of(products, keys, queries, real, members, table, scale, shift, KERNEL: tl.constexpr, BINS: tl.constexpr):
     """Scaled and biased products of queries and keys less `shift`; -inf where a key is outside a query's window.
 
     Args:
-        products: [M, N].
-        keys, queries: Places (rows, columns) with one axis of length 1 each, so that they broadcast to [M, N].
+        products: [strips, M, N].
+        keys, queries: Places (rows, columns) with an axis of length 1 each, so that they broadcast to [strips, M, N].
+        real: Which queries are on the map, or None where `shift` says it by an infinity.
         table: From `bias_table`, or None without a bias.
         shift: One number, or one a query.
     """
@@ -165,54 +215,14 @@ def logits_of(products, keys, queries, members, table, scale, shift, KERNEL: tl.
         # Outside a window any entry will do, but it must be one. By axes, since few differ in an axis of a program.
         row_bin = (keys[0] - queries[0] + KERNEL[0] - 1) & (BINS[0] - 1)
         column_bin = (keys[1] - queries[1] + KERNEL[1] - 1) & (BINS[1] - 1)
-        entry = tl.reshape(row_bin * BINS[1] + column_bin, [products.shape[0] * products.shape[1]])
-        logits += tl.reshape(tl.gather(table, entry, 0), [products.shape[0], products.shape[1]])
+        entry = tl.reshape(row_bin * BINS[1] + column_bin, [products.shape[0] * products.shape[1] * products.shape[2]])
+        found = tl.gather(table, entry, 0)
+        logits += tl.reshape(found, [products.shape[0], products.shape[1], products.shape[2]])
     # One comparison an axis: what lies before the window is large without a sign.
     row = (keys[0] - window_start(queries[0], full[0], KERNEL[0])).to(tl.uint32)
     column = (keys[1] - window_start(queries[1], full[1], KERNEL[1])).to(tl.uint32)
     logits = tl.where(column < KERNEL[1], logits, float("-inf"))
-    return logits + tl.where(row < KERNEL[0], -shift, float("-inf"))
-
-
-@triton.jit
-def key_block(
-    q,
-    queries,
-    sources,
-    owner,
-    corner,
-    table,
-    scale,
-    shift,
-    KERNEL: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BINS: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A block of keys with their values, padded tokens in place of what is not on the map, and the queries' logits.
-
-    Args:
-        q, queries: [M, BLOCK_D] and their places.
-        sources: Of keys and of values a tensor, a padded token or None, and strides.
-        owner: Batch, head, group, members and dilation of the program.
-        corner: Place of the first key.
-        table, scale, shift: As in `logits_of`.
-
-    Returns:
-        keys, values: [N, BLOCK_D].
-        real: Which of them are on the map.
-        logits: [M, N].
-    """
-    batch, head, group, members, dilation = owner
-    keys = places(corner, BLOCK)
-    real = within(keys, members)
-    k_pointers = token_pointers(sources[0][0], batch, head, group, corner, BLOCK, dilation, sources[0][2])
-    k = complete(load_tokens(k_pointers, real, DIM, BLOCK_D), real, sources[0][1], head, DIM, BLOCK_D)
-    v_pointers = token_pointers(sources[1][0], batch, head, group, corner, BLOCK, dilation, sources[1][2])
-    v = complete(load_tokens(v_pointers, real, DIM, BLOCK_D), real, sources[1][1], head, DIM, BLOCK_D)
-    key_places, query_places = (keys[0][None, :], keys[1][None, :]), (queries[0][:, None], queries[1][:, None])
-    products = dot(q, tl.trans(k), PRECISION)
-    logits = logits_of(products, key_places, query_places, members, table, scale, shift, KERNEL, BINS)
-    return k, v, real, logits
+    shift = -shift
+    if real is not None:
+        shift = tl.where(real, shift, float("-inf"))
+    return logits + tl.where(row < KERNEL[0], shift, float("-inf"))
