@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nat_dense.models.linear import Linear
 from nat_dense.ops import na2d, na2d_qkv, reference
 from nat_dense.ops.backends import check_name
-from nat_dense.ops.functional import na2d_rows
+from nat_dense.ops.functional import is_exported, na2d_rows
 from nat_dense.ops.problem import completed_size
 
 
@@ -132,7 +132,7 @@ def attend(
     size = (query.shape[1], query.shape[2])
     pad_key = pad_value = None
     # An exported program serves sizes that are not known yet; the operator needs the padding for the small ones.
-    if torch.compiler.is_exporting() or completed_size(size, *window) != size:
+    if is_exported() or completed_size(size, *window) != size:
         pad_key, pad_value = (
             query.new_zeros(query.shape[3:]) if bias is None else bias.view(query.shape[3:])
             for bias in (key_bias, value_bias)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from nat_dense.models import gelu  # noqa: F401  (registers the operator)
 from nat_dense.models.linear import linear, parameter_gradients, suits_onednn
-from nat_dense.ops.functional import is_transformed
+from nat_dense.ops.functional import is_exported, is_transformed
 
 LOWERED = (torch.float32, torch.bfloat16, torch.float16)
 """What autocast lowers; in float64 the plain formula runs."""
@@ -78,7 +78,7 @@ def _is_taken(x: Tensor, *parameters: Tensor) -> bool:
         and all(type(parameter) in (Tensor, nn.Parameter) for parameter in parameters)
         and all(t.dtype in LOWERED and t.device == x.device for t in (x, *parameters))
         and (torch.is_autocast_enabled(x.device.type) or all(t.dtype == x.dtype for t in parameters))
-        and not torch.compiler.is_exporting()
+        and not is_exported()
         and not torch.jit.is_tracing()
         and not is_transformed()
     )

@@ -101,7 +101,7 @@ def na2d_qkv(
     query, key, value = qkv.unbind(3)
     needs_grad = torch.is_grad_enabled() and qkv.requires_grad
     # Inference and programs that leave Python know one operator.
-    if not needs_grad or is_transformed() or torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if not needs_grad or is_transformed() or is_exported() or torch.jit.is_tracing():
         return na2d(
             query, key, value, kernel_size, dilation, rpb, scale, pad_key=pad_key, pad_value=pad_value, backend=backend
         )
@@ -154,6 +154,14 @@ def is_transformed() -> bool:
     a word.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_exported() -> bool:
+    """Whether torch.export is reading the code.
+
+    `torch.compiler.is_exporting()` says so of torch.compile too, up to torch 2.11.
+    """
+    return torch.compiler._is_exporting_flag
 
 
 def _checked(
@@ -371,8 +379,19 @@ def _autocast(operator, device_type: str):
     return cast
 
 
-for _operator in (torch.ops.nat_dense.na2d, torch.ops.nat_dense.na2d_qkv):
-    _name = f"nat_dense::{_operator.__name__}"
+def _outside_autocast(operator, device_type: str):
+    """Gradients are computed as the forward pass was, also where the backward pass runs under autocast."""
+
+    def call(*arguments):
+        with torch.amp.autocast(device_type, enabled=False):
+            return operator(*arguments)
+
+    return call
+
+
+for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    for _operator in (torch.ops.nat_dense.na2d, torch.ops.nat_dense.na2d_qkv):
+        torch.library.impl(f"nat_dense::{_operator.__name__}", _key)(_autocast(_operator, _device))
+    torch.library.impl("nat_dense::na2d_backward", _key)(_outside_autocast(torch.ops.nat_dense.na2d_backward, _device))
+for _name in ("nat_dense::na2d", "nat_dense::na2d_qkv"):
     torch.library.register_autograd(_name, _gradients, setup_context=_setup_context)
-    for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        torch.library.impl(_name, _key)(_autocast(_operator, _device))

@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_GPU = (8, 0)
 """Compute capability from which Triton supports NVIDIA's GPUs."""
 
-TILES: dict[str, tuple[Pair, Pair]] = {"8x8": ((8, 8), (2, 8)), "4x8": ((4, 8), (2, 8)), "8x4": ((8, 4), (4, 4))}
+TILES: dict[str, tuple[Pair, Pair]] = {"4x8": ((4, 8), (2, 8)), "8x8": ((8, 8), (4, 8)), "8x4": ((8, 4), (4, 4))}
 """Tokens (rows, columns) that one program may own and those of its warps, by the name of the variant."""
 
 VARIANTS = tuple(TILES)
@@ -36,17 +36,14 @@ KERNELS = ("forward", "query_gradient", "key_gradient")
 
 TUNED_TOKEN = 64
 TUNED: dict[str, tuple[Pair, int, int | None]] = {
-    "forward": ((4, 16), 1, 128),
+    "forward": ((2, 16), 2, 128),
     "query_gradient": ((2, 16), 2, 128),
-    "key_gradient": ((1, 16), 1, None),
+    "key_gradient": ((1, 16), 2, None),
 }
 """Block, stages and registers that were fastest on an H200 for tokens of 32 channels in two bytes each."""
 
 WIDE_TOKEN = 128
-"""Bytes of a head's channels from which on blocks get smaller, lest a program run out of registers."""
-
-WIDEST_TOKEN = 256
-"""Bytes of a head's channels from which on a program has two strips at most, lest it run out of shared memory."""
+"""Bytes of a head's channels from which on blocks get smaller, lest a warp run out of registers."""
 
 
 # --- what runs --------------------------------------------------------------------------------------------------------
@@ -126,12 +123,9 @@ class Tile:
             token_bytes: Of a head's channels, filled up to a power of two.
             itemsize: Bytes of a number.
         """
-        owned, strip = TILES[variant]
-        if token_bytes > WIDEST_TOKEN:
-            owned = min(owned[0], 2 * strip[0]), owned[1]
         if itemsize == 2 and token_bytes <= TUNED_TOKEN:
-            return cls(owned, strip, *TUNED[kernel])
-        return cls(owned, strip, (2, 16) if itemsize == 2 and token_bytes <= WIDE_TOKEN else (2, 8))
+            return cls(*TILES[variant], *TUNED[kernel])
+        return cls(*TILES[variant], (2, 16) if itemsize == 2 and token_bytes <= WIDE_TOKEN else (2, 8))
 
     @property
     def warps(self) -> int:

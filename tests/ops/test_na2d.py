@@ -290,7 +290,21 @@ def test_autocast_lowers_packed_tokens(dtype):
         wanted = differentiated(of_parts)
     assert seen.names == ["na2d_qkv", "na2d_backward"]
     assert (found["out"].dtype, found["qkv"].dtype, found["rpb"].dtype) == (dtype, torch.float32, torch.float32)
-    assert_same_bits(found, wanted)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(found, wanted, rtol=eps, atol=eps)
+
+
+def test_autocast_leaves_the_backward_pass_alone():
+    """Products of the reference would be lowered once more."""
+
+    def gradient(under_autocast: bool) -> torch.Tensor:
+        tensors = CASE.packed(torch.float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = na2d_qkv(tensors["qkv"], CASE.kernel_size, CASE.dilation, tensors["rpb"], backend="reference")
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=under_autocast):
+            return torch.autograd.grad(out, tensors["rpb"], tensors["grad_out"].to(out.dtype))[0]
+
+    torch.testing.assert_close(gradient(True), gradient(False))
 
 
 @pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd")  # torch's own recorder

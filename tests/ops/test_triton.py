@@ -178,17 +178,16 @@ def test_float32_bias_with_bfloat16_tokens():
 
 
 def test_tiles_follow_the_group():
-    """Large where nothing is lost by it, else what leaves the fewest tokens of a program without work."""
-    assert choose_tile("forward", (200, 304), (7, 7), 64, 2).owned == (8, 8)
-    assert choose_tile("forward", (50, 76), (7, 7), 64, 2).owned == (4, 8)
+    """What computes the fewest pairs: strips of 4 x 4 see more of what they don't use, but fit narrow groups."""
+    assert choose_tile("forward", (200, 304), (7, 7), 64, 2).owned == (4, 8)
     assert choose_tile("forward", (16, 4), (7, 7), 64, 2).owned == (8, 4)
 
 
 def test_cost_counts_the_pairs_of_every_tile():
-    """Strips of 2 x 8 queries see 8 x 14 keys, two blocks of 4 x 16; 24 x 20 tokens take 3 x 3 tiles."""
-    tile = Tile((8, 8), (2, 8), (4, 16))
-    assert tile.warps == 4
-    assert tile.cost((24, 20), (7, 7)) == 3 * 3 * 64 * (2 * 64)
+    """Strips of 2 x 8 queries see 8 x 14 keys, two blocks of 4 x 16; 24 x 20 tokens take 6 x 3 tiles."""
+    tile = Tile((4, 8), (2, 8), (4, 16))
+    assert tile.warps == 2
+    assert tile.cost((24, 20), (7, 7)) == 6 * 3 * 32 * (2 * 64)
 
 
 @pytest.mark.parametrize("kernel", triton_na2d.KERNELS)
@@ -198,7 +197,7 @@ def test_cost_counts_the_pairs_of_every_tile():
 def test_tiles_fill_the_matrix_units(kernel, variant, token_bytes, itemsize):
     """A warp's products are 16 tokens high and sum over 16 at least; a tile is a stack of strips."""
     tile = Tile.of(kernel, variant, token_bytes, itemsize)
-    assert tile.strip[0] * tile.strip[1] == 16
+    assert tile.strip[0] * tile.strip[1] >= 16
     assert tile.block[0] * tile.block[1] >= 16
     assert tile.owned == (tile.warps * tile.strip[0], tile.strip[1])
     if kernel == "query_gradient":  # which sums the bias's gradient over pairs of rows, doubled at most once
