@@ -1,7 +1,7 @@
 """The operator on a GPU, beside everything that does the same, from one run.
 
-python benchmarks/op_gpu.py                      all sections
-python benchmarks/op_gpu.py --sections tiles     every tile of the Triton kernels at every stage
+python benchmarks/op_gpu.py                      all stages, with and without dilation
+python benchmarks/op_gpu.py --sections tiles     the Triton kernels with other tiles, blocks, stages and registers
 
 Needs torch and triton alone; where nat_dense is not installed, PYTHONPATH=. in front. A contestant that doesn't run
 here, or would not end before --seconds, is named with the reason. Floor: the larger of the least bytes over the card's
@@ -11,8 +11,14 @@ copy rate and the useful FLOPs over its matrix rate.
 from __future__ import annotations
 
 import argparse
+import itertools
+import multiprocessing
+import os
+import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 
 import torch
 from measure import save
@@ -192,21 +198,68 @@ def compare(stage: Stage, rounds: int, rates: tuple[float, float], deadline: flo
     return list(rows.values())
 
 
+def settings() -> list[tuple[str, triton_na2d.Tile]]:
+    """What the kernels are tried with; some don't compile, and are left out where they are run."""
+    tiles = (*triton_na2d.TILES.values(), ((8, 8), (2, 8)), ((8, 8), (4, 8)))
+    choices = itertools.product(tiles, ((1, 16), (2, 16), (4, 16)), (1, 2, 3), (None, 128, 168))
+    return [
+        (kernel, triton_na2d.Tile(*tile, block, stages, registers))
+        for tile, block, stages, registers in choices
+        for kernel in triton_na2d.KERNELS
+    ]
+
+
+def seconds_with(stage: Stage, kernel: str, tile: triton_na2d.Tile, calls: int) -> float:
+    """Median time of one kernel with one setting; those of the others are the launcher's own."""
+    choose = triton_na2d.choose_tile
+    attend = stage.ours("triton")
+    runs = stage.runs(attend, backward=kernel != "forward")
+    triton_na2d._launch.cache_clear()
+    triton_na2d.choose_tile = lambda name, *problem: tile if name == kernel else choose(name, *problem)
+    try:
+        runs[0]()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for run in itertools.islice(itertools.cycle(runs), calls):
+                run()
+            torch.cuda.synchronize()
+    finally:
+        triton_na2d.choose_tile = choose
+        triton_na2d._launch.cache_clear()
+    return statistics.median(event.device_time for event in profile.events() if event.name == f"{kernel}_kernel") / 1e6
+
+
+def compile_every(first: int, step: int, dtype: torch.dtype) -> None:
+    """Fills Triton's cache, from several processes at once: one would take a quarter of an hour."""
+    stage = Stage(*STAGES[-1], batch=1, dtype=dtype)
+    for kernel, tile in settings()[first::step]:
+        with suppress(Exception):  # what doesn't compile is named when it is timed
+            seconds_with(stage, kernel, tile, calls=1)
+
+
 def tiles(stage: Stage, rounds: int) -> list[dict]:
-    """Every tile at one stage; the rule's own choice has no name after the colon."""
-    names = ["triton", *(f"triton:{variant}" for variant in triton_na2d.VARIANTS)]
-    rows = {name: {"back end": name} for name in names}
-    for label, backward in (("forward", False), ("forward+backward", True)):
-        times = timed({name: stage.runs(stage.ours(name), backward) for name in names}, rounds)
-        for name, t in times.items():
-            rows[name] |= {f"{label} ms": t.median * 1e3, f"{label} spread": t.spread}
-    return list(rows.values())
+    """The fastest settings of each kernel at one stage, and the launcher's own choice."""
+    found: dict[str, list[tuple[float, str]]] = {kernel: [] for kernel in triton_na2d.KERNELS}
+    failed = 0
+    for kernel, tile in settings():
+        try:
+            found[kernel].append((seconds_with(stage, kernel, tile, rounds), str(tile)))
+        except Exception:  # whatever the compiler raises
+            failed += 1
+    print(f"{stage.title}: {failed} settings don't compile or run")
+    size, token = stage.grad_out.shape[1:3], (HEAD_DIM * stage.dtype.itemsize, stage.dtype.itemsize)
+    rows = []
+    for kernel, times in found.items():
+        own = triton_na2d.choose_tile(kernel, tuple(size), (KERNEL, KERNEL), *token)
+        own_seconds = seconds_with(stage, kernel, own, rounds)
+        rows.append({"kernel": kernel, "us": own_seconds * 1e6, "setting": f"own: {own}"})
+        rows += [{"kernel": kernel, "us": seconds * 1e6, "setting": tile} for seconds, tile in sorted(times)[:5]]
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ("stages", "tiles", "dilated")
-    parser.add_argument("--sections", nargs="+", choices=names, default=list(names))
+    parser.add_argument("--sections", nargs="+", choices=names, default=["stages", "dilated"])
     parser.add_argument("--stages", nargs="+", type=int, choices=range(len(STAGES)), default=list(range(len(STAGES))))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
@@ -221,6 +274,10 @@ def main() -> None:
     rates = card_rates(dtype)
     print(f"{gpu()}\ncopy {rates[0] / 1e12:.2f} TB/s, {args.dtype} products {rates[1] / 1e12:.0f} TFLOP/s")
     results = {}
+    if "tiles" in args.sections:
+        step = os.cpu_count() or 1
+        with ProcessPoolExecutor(step, mp_context=multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(compile_every, range(step), [step] * step, [dtype] * step))
     for section in args.sections:
         for (size, heads), largest in ((STAGES[i], DILATIONS[i]) for i in args.stages):
             if time.monotonic() > deadline:

@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_GPU = (8, 0)
 """Compute capability from which Triton supports NVIDIA's GPUs."""
 
-TILES: dict[str, tuple[Pair, Pair]] = {"4x8": ((4, 8), (2, 8)), "8x8": ((8, 8), (4, 8)), "8x4": ((8, 4), (4, 4))}
+TILES: dict[str, tuple[Pair, Pair]] = {"4x8": ((4, 8), (2, 8)), "8x4": ((8, 4), (4, 4))}
 """Tokens (rows, columns) that one program may own and those of its warps, by the name of the variant."""
 
 VARIANTS = tuple(TILES)
@@ -123,9 +123,10 @@ class Tile:
             token_bytes: Of a head's channels, filled up to a power of two.
             itemsize: Bytes of a number.
         """
+        owned, strip = TILES[variant]
         if itemsize == 2 and token_bytes <= TUNED_TOKEN:
-            return cls(*TILES[variant], *TUNED[kernel])
-        return cls(*TILES[variant], (2, 16) if itemsize == 2 and token_bytes <= WIDE_TOKEN else (2, 8))
+            return cls(owned, strip, *TUNED[kernel])
+        return cls(owned, strip, (2, 16) if itemsize == 2 and token_bytes <= WIDE_TOKEN else (2, 8))
 
     @property
     def warps(self) -> int:
@@ -253,7 +254,7 @@ def _strides(dilation: Pair, **tensors: Tensor) -> dict:
     """Arguments that say where tokens are. Calls on views of one projection spare registers: see `forward_kernel`."""
     import triton.language as tl
 
-    strides = {f"{name}_strides": tensor.stride()[:4] for name, tensor in tensors.items()}
+    strides: dict = {f"{name}_strides": tensor.stride()[:4] for name, tensor in tensors.items()}
     _, _, width, heads, dim = tensors["query"].shape
     steps = [stride[1:3] for stride in strides.values()] + [(width * heads * dim, heads * dim)]  # of what is written
     farthest = REACH * max(sum(n * d for n, d in zip(step, dilation, strict=True)) for step in steps)
