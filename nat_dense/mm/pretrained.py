@@ -6,6 +6,7 @@ and modules that have nothing of ours in them still go to MMEngine's: stock mode
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,9 @@ class Pretrained:
         checkpoint: As `load`'s `source`, or for models that aren't ours anything that MMEngine reads.
         prefix, resize_rpb, replace_head, trust, sha256, entry: As in `load`.
         map_location: Accepted since MMEngine's has it; without effect, values are copied to where the model is.
+
+    Raises:
+        ValueError: There are other fields, such as those of another initializer that a config's parent has.
     """
 
     def __init__(
@@ -41,7 +45,15 @@ class Pretrained:
         trust: bool = False,
         sha256: str | None = None,
         entry: str | None = None,
+        **others: object,
     ):
+        if others:
+            known = [name for name in inspect.signature(Pretrained).parameters if name != "others"]
+            raise ValueError(
+                f"init_cfg=dict(type='Pretrained', ...) of {checkpoint} has the fields {', '.join(others)}; expected "
+                f"{', '.join(known)} alone. Where they come from a parent config, replace all of it: "
+                "init_cfg=dict(_delete_=True, ...)"
+            )
         self.checkpoint = checkpoint
         self.prefix = prefix
         self.reading: dict[str, Any] = dict(trust=trust, sha256=sha256, entry=entry)
