@@ -42,7 +42,7 @@ def _gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if x.numel() > 0 and x.dtype in triton_na2d.DTYPES and triton_na2d.why_no_kernels(x.device.type) is None:
         return launch(grad, x)
     grad_x = torch.ops.aten.gelu_backward(grad, x)
-    return F.gelu(x), grad_x, grad_x.flatten(0, -2).sum(0, dtype=accumulation_dtype(x.dtype))
+    return F.gelu(x), grad_x, grad_x[None].flatten(0, -2).sum(0, dtype=accumulation_dtype(x.dtype))
 
 
 @torch.library.register_fake("nat_dense::gelu_backward")

@@ -139,9 +139,11 @@ class Mlp(nn.Module):
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether a layer's parameters are all there is to it: no adapter in its place, no parametrization, no hooks."""
-    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
-    return type(layer) is Linear and not any(hooks)
+    """Whether a layer's parameters are all there is to it: no adapter in its place, no parametrization, no hooks of its
+    own or of all modules, no forward put there for it alone, as offloading does."""
+    own = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    is_hooked = any(own) or nn.modules.module._has_any_global_hook()
+    return type(layer) is Linear and "forward" not in layer.__dict__ and not is_hooked
 
 
 def channels_last(image: Tensor) -> Tensor:

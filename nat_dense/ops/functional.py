@@ -51,7 +51,8 @@ def na2d(
         [B, H, W, heads, head_dim] in the dtype of `query` (under autocast: in autocast's).
 
     Under `torch.func` transforms (vmap, grad, jvp, ...) and forward-mode gradients the reference runs, in operations
-    that they know; it also has second derivatives.
+    that they know; it also has second derivatives. Elsewhere the gradients of query, key and value are views of one
+    tensor.
 
     Raises:
         ValueError: Shapes, dtypes, kernel size, dilation or back-end name that don't fit, with what was found.

@@ -368,7 +368,9 @@ def backward(
     if pad_sums is None:
         return grad_qkv, grad_rpb, *(None if pad is None else torch.zeros_like(pad) for pad in (pad_key, pad_value))
     totals = zip(add_up(pad_sums).unbind(1), (pad_key, pad_value), strict=True)
-    return grad_qkv, grad_rpb, *(None if pad is None else total.to(pad.dtype) for total, pad in totals)
+    # Copied always: outputs of an operator may not share memory, and torch.compile takes them to be contiguous.
+    copied: dict = dict(copy=True, memory_format=torch.contiguous_format)
+    return grad_qkv, grad_rpb, *(None if pad is None else total.to(pad.dtype, **copied) for total, pad in totals)
 
 
 def add_up(parts: Tensor) -> Tensor:

@@ -93,6 +93,13 @@ def test_empty_maps_have_sums_of_zero(shape):
     assert torch.equal(sums.cpu(), torch.zeros(shape[-1]))
 
 
+def test_one_token():
+    """Channels alone, in a dtype that has no kernel."""
+    x = torch.randn(5, dtype=torch.float64)
+    _, grad_x, sums = torch.ops.nat_dense.gelu_backward(torch.ones_like(x), x)
+    assert torch.equal(sums, grad_x)
+
+
 def test_views_are_laid_out_anew():
     grad, x = operands((20, 9, 30), torch.float32)
     grad, x = grad.transpose(0, 1)[:, ::2], x.transpose(0, 1)[:, ::2]

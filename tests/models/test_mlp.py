@@ -311,9 +311,19 @@ def test_the_layer_takes_the_function(compiled, path, calls, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", ["forward hook", "forward pre-hook", "backward hook", "backward pre-hook", "adapter", "parametrization"]
+    "change",
+    [
+        "forward hook",
+        "forward pre-hook",
+        "backward hook",
+        "backward pre-hook",
+        "hook of all modules",
+        "forward of its own",
+        "adapter",
+        "parametrization",
+    ],
 )
-def test_a_layer_that_is_more_than_its_parameters_is_called(change, path, calls):
+def test_a_layer_that_is_more_than_its_parameters_is_called(change, path, calls, request):
     """Adapters, hooks and parametrizations have their effect."""
     layer = Mlp(DIM, HIDDEN)
     x = torch.randn(90, DIM, requires_grad=True)
@@ -327,6 +337,14 @@ def test_a_layer_that_is_more_than_its_parameters_is_called(change, path, calls)
         layer.fc1.register_full_backward_hook(lambda *_: fired.append(1))
     elif change == "backward pre-hook":
         layer.fc2.register_full_backward_pre_hook(lambda *_: fired.append(1))
+    elif change == "hook of all modules":
+        hook = nn.modules.module.register_module_forward_hook(
+            lambda called, *_: fired.append(1) if called is layer.fc2 else None
+        )
+        request.addfinalizer(hook.remove)
+    elif change == "forward of its own":  # as accelerate's offloading puts there
+        forward = layer.fc1.forward
+        layer.fc1.forward = lambda x: fired.append(1) or forward(x)
     elif change == "adapter":
         layer.fc1 = nn.Sequential(copy.deepcopy(layer.fc1), nn.ReLU())
     else:
@@ -334,8 +352,9 @@ def test_a_layer_that_is_more_than_its_parameters_is_called(change, path, calls)
     after = layer(x)
     after.sum().backward()
     assert calls == [1]
-    assert len(fired) == ("hook" in change)
-    assert torch.allclose(before, after, rtol=1e-5, atol=1e-6) == ("hook" in change)
+    changes_values = change in ("adapter", "parametrization")
+    assert len(fired) == (not changes_values)
+    assert torch.allclose(before, after, rtol=1e-5, atol=1e-6) == (not changes_values)
 
 
 def test_dropout_between_the_layers(path, calls):

@@ -91,6 +91,20 @@ def test_every_tile(variant):
 
 
 @needs_kernels
+@pytest.mark.parametrize("name", ["one tile", "padded"])
+def test_gradients_are_what_the_operator_promises(name):
+    """Tensors of their own, contiguous: torch.compile goes by what the operator says of its outputs."""
+    tensors = {n: t if t is None else t.detach() for n, t in named(name).tensors(torch.float32, device=DEVICE).items()}
+    grad_out = tensors.pop("grad_out")
+    settings = (list(named(name).kernel_size), list(named(name).dilation), 0.3, "triton")
+    outputs = torch.ops.nat_dense.na2d(*tensors.values(), *settings)
+    arguments = (grad_out, *tensors.values(), *outputs, *settings)
+    torch.library.opcheck(
+        torch.ops.nat_dense.na2d_backward.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@needs_kernels
 def test_same_bits_in_every_run():
     case = named("padded")
     first, second = run(case, torch.float32), run(case, torch.float32)
