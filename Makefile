@@ -30,7 +30,7 @@ test-slow: $(VENV)/.installed
 	$(INTERPRETED) -m slow
 
 # On a machine with a GPU, in any environment that has torch, triton and pytest. With pytest-xdist,
-# `PYTEST_ADDOPTS="-n 10" make test-gpu` compiles the kernels side by side: 51 s on an H100 and 16 cores.
+# `PYTEST_ADDOPTS="-n 10" make test-gpu` compiles the kernels side by side: 83 s on an H200 and 16 cores.
 test-gpu:
 	$(PYTHON) -m pytest $(KERNEL_TESTS) tests/ops/test_gpu.py tests/models/test_mlp.py
 

@@ -232,7 +232,7 @@ def compile_every(first: int, step: int, dtype: torch.dtype) -> None:
     """Fills Triton's cache, from several processes at once: one would take a quarter of an hour."""
     stage = Stage(*STAGES[-1], batch=1, dtype=dtype)
     for kernel, tile in settings()[first::step]:
-        with suppress(Exception):  # what doesn't compile is named when it is timed
+        with suppress(Exception):  # what doesn't compile is counted when it is timed
             seconds_with(stage, kernel, tile, calls=1)
 
 

@@ -379,7 +379,7 @@ def add_up(parts: Tensor) -> Tensor:
     torch's own sum takes up to four times as long where the first axis is the long one.
     """
     while len(parts) > 1:
-        runs = 1 if len(parts) <= LONGEST_RUN else -(-len(parts) // SHORTEST_RUN)
+        runs = 1 if len(parts) <= LONGEST_RUN else _cdiv(len(parts), SHORTEST_RUN)
         totals = torch.empty(runs, *parts.shape[1:], dtype=parts.dtype, device=parts.device)
         columns = totals[0].numel()
         with torch.cuda.device_of(parts):

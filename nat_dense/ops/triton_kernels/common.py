@@ -226,3 +226,80 @@ def logits_of(products, keys, queries, real, members, table, scale, shift, KERNE
     if real is not None:
         shift = tl.where(real, shift, float("-inf"))
     return logits + tl.where(row < KERNEL[0], shift, float("-inf"))
+
+
+@triton.jit
+def key_block(
+    q,
+    queries,
+    sources,
+    owner,
+    corner,
+    place,
+    table,
+    scale,
+    shift,
+    KERNEL: tl.constexpr,
+    BINS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OFFSET: tl.constexpr,
+    KEYS_TURNED: tl.constexpr,
+):
+    """A block of keys with their values, padded tokens in place of what is not on the map, and the queries' logits.
+
+    Args:
+        q, queries: [strips, M, BLOCK_D] and their places.
+        sources: Of keys and of values a tensor, a padded token or None, and strides.
+        owner, corner, place: As in `token_pointers`.
+        table, scale, shift: As in `logits_of`.
+        KEYS_TURNED: Whether keys, or else values, come as `load_turned` has them: what only sums over channels.
+
+    Returns:
+        keys, values: [strips, N, BLOCK_D], one of them turned.
+        real: Which of them are on the map.
+        logits: [strips, M, N].
+    """
+    keys = moved(place, corner)
+    real = within(keys, owner[3])
+    k = source_tokens(sources[0], owner, corner, place, real, DIM, BLOCK_D, OFFSET, KEYS_TURNED)
+    v = source_tokens(sources[1], owner, corner, place, real, DIM, BLOCK_D, OFFSET, not KEYS_TURNED)
+    if KEYS_TURNED:
+        products = dot(q, k, PRECISION)
+    else:
+        products = dot(q, turned(k), PRECISION)
+    logits = logits_of(
+        products,
+        (keys[0][:, None, :], keys[1][:, None, :]),
+        (queries[0][:, :, None], queries[1][:, :, None]),
+        None,
+        owner[3],
+        table,
+        scale,
+        shift,
+        KERNEL,
+        BINS,
+    )
+    return k, v, real, logits
+
+
+@triton.jit
+def source_tokens(
+    source,
+    owner,
+    corner,
+    place,
+    real,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OFFSET: tl.constexpr,
+    TURNED: tl.constexpr,
+):
+    """The keys or the values of a block; see `key_block`."""
+    pointers = token_pointers(source[0], owner, corner, place, source[2], OFFSET)
+    if TURNED:
+        tokens = load_turned(pointers, real, DIM, BLOCK_D)
+    else:
+        tokens = load_tokens(pointers, real, DIM, BLOCK_D)
+    return complete(tokens, real, source[1], owner[1], DIM, BLOCK_D, TURNED)

@@ -11,13 +11,11 @@ from nat_dense.ops.triton_kernels.common import (
     LOG2_E,
     bias_table,
     box,
-    complete,
     contiguous_strides,
     dot,
     first_key,
+    key_block,
     load_tokens,
-    load_turned,
-    logits_of,
     moved,
     store_tokens,
     strips,
@@ -98,27 +96,28 @@ def forward_kernel(
         table = bias_table(bias, head, KERNEL, BINS)
     else:
         table = None
+    sources = ((key, pad_key, key_strides), (value, pad_value, value_strides))
     key_place = box(first_key(rows, first, members, KERNEL), BLOCK)
     for step_w in range(0, KERNEL[1] + STRIP[1] - 1, BLOCK[1]):
         for step_h in range(0, KERNEL[0] + STRIP[0] - 1, BLOCK[0]):
             corner = moved(first, (step_h, step_w))
-            keys = moved(key_place, corner)
-            real = within(keys, members)
-            k_pointers = token_pointers(key, owner, corner, key_place, key_strides, OFFSET)
-            k = complete(load_turned(k_pointers, real, DIM, BLOCK_D), real, pad_key, head, DIM, BLOCK_D, True)
-            v_pointers = token_pointers(value, owner, corner, key_place, value_strides, OFFSET)
-            v = complete(load_tokens(v_pointers, real, DIM, BLOCK_D), real, pad_value, head, DIM, BLOCK_D, False)
-            logits = logits_of(
-                dot(q, k, PRECISION),
-                (keys[0][:, None, :], keys[1][:, None, :]),
-                (queries[0][:, :, None], queries[1][:, :, None]),
-                None,
-                members,
+            _, v, _, logits = key_block(
+                q,
+                queries,
+                sources,
+                owner,
+                corner,
+                key_place,
                 table,
                 scale,
                 0.0,
                 KERNEL,
                 BINS,
+                DIM,
+                BLOCK_D,
+                PRECISION,
+                OFFSET,
+                KEYS_TURNED=True,
             )
             larger = tl.maximum(largest, tl.max(logits, 2))
             shift = tl.where(larger == float("-inf"), 0.0, larger)  # no key of the window yet
