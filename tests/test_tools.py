@@ -95,6 +95,16 @@ def test_test_segmentor_repeats_the_validation_and_writes_pictures_and_predictio
     assert len(list(pictures.iterdir())) == 1
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_the_first_process_alone_writes_the_metrics(segmentor, first, tmp_path, monkeypatch):
+    """All of them writing one file at once leaves no JSON, now and then."""
+    options, run = segmentor
+    monkeypatch.setattr("mmengine.dist.utils.is_main_process", lambda group=None: first)
+    work_dir = tmp_path / "test"
+    evaluate([SEGMENTOR, str(run / "iter_2.pth"), "--work-dir", str(work_dir), "--cfg-options", *options])
+    assert len(list(work_dir.glob("*/*.json"))) == first
+
+
 def test_images_without_annotations_are_tested_for_a_server(detector, tmp_path, capsys):
     """As COCO's test-dev: the file lists images, and the results are files to send in."""
     options, run = detector

@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.dist import master_only
+from mmengine.hooks import LoggerHook
 from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import MODEL_WRAPPERS
+from mmengine.runner import Runner
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells each process."""
@@ -46,6 +49,17 @@ def join_on_cpus(cfg: Config) -> None:
     wrapper = (cfg.get("model_wrapper_cfg") or {}).get("type")
     if wrapper == CPUDistributedDataParallel.__name__ and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
+
+
+def let_first_write_metrics(runner: Runner) -> None:
+    """Makes the first process alone write the metrics of a test, before the Runner's `test` is called.
+
+    MMEngine's hook writes them from all processes, at once and into one file, but with each one's own durations: where
+    these have other numbers of digits, the end of the longer text stays behind the shorter one, and no JSON is left.
+    """
+    for hook in runner.hooks:
+        if isinstance(hook, LoggerHook):
+            vars(hook)["after_test_epoch"] = master_only(hook.after_test_epoch)
 
 
 def leave_group() -> None:

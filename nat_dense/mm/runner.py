@@ -16,7 +16,7 @@ from nat_dense.mm.data_checks import check_data
 from nat_dense.mm.machine import fit_to_machine
 from nat_dense.mm.model_checks import check_last_batch, check_model
 from nat_dense.mm.options import enable_tta
-from nat_dense.mm.processes import join_on_cpus
+from nat_dense.mm.processes import join_on_cpus, let_first_write_metrics
 
 LOADERS = {"train": ("train_dataloader", "val_dataloader"), "test": ("test_dataloader",)}
 
@@ -68,6 +68,7 @@ def build_runner(
     join_on_cpus(cfg)
     runner: Any = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
     runner.register_hook(DropEmbeddedConfig())
+    let_first_write_metrics(runner)
     return runner
 
 
