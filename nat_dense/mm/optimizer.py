@@ -90,48 +90,66 @@ class MuonAdamW(torch.optim.AdamW):
         finally:
             self.param_groups = groups
         for group in groups:
-            for parameter in group["params"] if group["muon"] else ():
-                if parameter.grad is not None:
-                    self._turn(parameter, parameter.grad, group["lr"], group["weight_decay"])
+            if group["muon"]:
+                self._turn(group["params"], group["lr"], group["weight_decay"])
         return loss
 
-    def _turn(self, parameter: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
-        if gradient.is_sparse or gradient.is_complex():
-            found = "sparse" if gradient.is_sparse else gradient.dtype
-            raise RuntimeError(f"a matrix has a gradient that is {found}: give it to AdamW (muon=False in its group)")
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["step"] = torch.tensor(0.0)  # which AdamW looks for in every state that it loads
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        state["step"] += 1
-        average = state["momentum_buffer"].lerp_(gradient, 1 - self.momentum)
-        ahead = torch.lerp(gradient, average, self.momentum)  # Nesterov's
-        step = orthogonalized(ahead.flatten(1), self.ns_steps).to(parameter.dtype).view_as(ahead)
-        parameter.mul_(1 - lr * weight_decay)
-        parameter.add_(step, alpha=-lr * 0.2 * max(len(ahead), ahead[0].numel()) ** 0.5)
+    def _turn(self, parameters: list[Tensor], lr: float, weight_decay: float) -> None:
+        """Muon's step: matrices of one shape at once, most of which are too small to keep a processor busy alone."""
+        moved, gradients, averages = [], [], []
+        for parameter in parameters:
+            if (gradient := parameter.grad) is None:
+                continue
+            if gradient.is_sparse or gradient.is_complex():
+                found = "sparse" if gradient.is_sparse else gradient.dtype
+                raise RuntimeError(f"a matrix has a gradient that is {found}: give it to AdamW (muon=False)")
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["step"] = torch.tensor(0.0)  # which AdamW looks for in every state that it loads
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            state["step"] += 1
+            moved.append(parameter)
+            gradients.append(gradient)
+            averages.append(state["momentum_buffer"])
+        if not moved:
+            return
+        torch._foreach_lerp_(averages, gradients, 1 - self.momentum)
+        ahead = torch._foreach_lerp(gradients, averages, self.momentum)  # Nesterov's
+        torch._foreach_mul_(moved, 1 - lr * weight_decay)
+        alike: dict[tuple, list[int]] = {}
+        for i, matrix in enumerate(ahead):
+            sides = len(matrix), matrix[0].numel()
+            alike.setdefault((min(sides), max(sides), matrix.dtype, matrix.device), []).append(i)
+        for (_, longer, dtype, _), places in alike.items():
+            matrices = [ahead[i].flatten(1) for i in places]
+            wide = torch.stack([matrix if len(matrix) <= matrix.shape[1] else matrix.t() for matrix in matrices])
+            steps = orthogonalized(wide, self.ns_steps).to(dtype)
+            for i, step in zip(places, steps, strict=True):
+                step = step if len(step) == len(ahead[i]) else step.t()
+                moved[i].add_(step.reshape(ahead[i].shape), alpha=-lr * 0.2 * longer**0.5)
 
 
-def orthogonalized(matrix: Tensor, steps: int = 5) -> Tensor:
-    """The orthogonal matrix next to a matrix [m, n], roughly: singular values of 0.7 - 1.2 where they are not tiny.
+def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The orthogonal matrices next to some, roughly: singular values of 0.7 - 1.2 where they are not tiny.
 
     Args:
-        matrix: [m, n].
+        matrices: [..., m, n].
         steps: Of the iteration.
 
     Returns:
-        [m, n], in bfloat16 where the device multiplies it natively, otherwise in float32.
+        [..., m, n], in bfloat16 where the device multiplies it natively, otherwise in float32.
 
     Source: Jordan et al. (2024), the quintic iteration of Newton and Schulz.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrix.to(torch.bfloat16 if _multiplies_bfloat16(matrix.device) else torch.float32)
-    tall = len(matrix) > matrix.shape[1]
-    x = x.t() if tall else x
-    x = x / x.norm().clamp(min=1e-7)
+    x = matrices.to(torch.bfloat16 if _multiplies_bfloat16(matrices.device) else torch.float32)
+    tall = x.shape[-2] > x.shape[-1]
+    x = (x.mT if tall else x).reshape(-1, *sorted(x.shape[-2:]))
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
-        gram = x @ x.t()
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.t() if tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).reshape(matrices.shape)
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:

@@ -93,6 +93,27 @@ def test_a_step_is_as_long_as_adamws_first_ones():
     assert weight.detach().square().mean().sqrt().item() == pytest.approx(0.002, rel=0.15)
 
 
+@pytest.mark.parametrize("shape", [(32, 16, 3, 3), (16, 32, 1, 1), (48, 16, 1, 1), (24, 40), (40, 24)])
+def test_matrices_of_one_shape_are_turned_each_by_its_own_gradient(shape):
+    """However a convolution lies in memory, and whichever side is longer."""
+    torch.manual_seed(0)
+    start, other = torch.randn(2, *shape), nn.Parameter(torch.zeros(16, 144))
+    together = [nn.Parameter(matrix.clone()) for matrix in start]
+    if len(shape) == 4:
+        together[1].data = together[1].data.to(memory_format=torch.channels_last)
+    alone = [nn.Parameter(matrix.clone()) for matrix in start]
+    for one, two in zip(together, alone, strict=True):
+        one.grad = torch.randn(shape)
+        two.grad = one.grad.clone()
+    other.grad = torch.randn(16, 144)
+    MuonAdamW([*together, other], lr=0.1).step()
+    for parameter in alone:
+        MuonAdamW([parameter], lr=0.1).step()
+    for found, wanted, before in zip(together, alone, start, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-3)  # bfloat16's, of steps of 0.02
+        assert (found - before).square().mean().sqrt() > 0.01
+
+
 def test_a_group_can_opt_out():
     weight = nn.Parameter(torch.zeros(32, 32))
     optimizer = MuonAdamW([dict(params=[weight], muon=False)])
