@@ -102,7 +102,9 @@ class MuonAdamW(torch.optim.AdamW):
                 continue
             if gradient.is_sparse or gradient.is_complex():
                 found = "sparse" if gradient.is_sparse else gradient.dtype
-                raise RuntimeError(f"a matrix has a gradient that is {found}: give it to AdamW (muon=False)")
+                raise RuntimeError(
+                    f"a matrix has a gradient that is {found}: give it to AdamW (muon=False in its group)"
+                )
             state = self.state[parameter]
             if "momentum_buffer" not in state:
                 state["step"] = torch.tensor(0.0)  # which AdamW looks for in every state that it loads
@@ -116,17 +118,16 @@ class MuonAdamW(torch.optim.AdamW):
         torch._foreach_lerp_(averages, gradients, 1 - self.momentum)
         ahead = torch._foreach_lerp(gradients, averages, self.momentum)  # Nesterov's
         torch._foreach_mul_(moved, 1 - lr * weight_decay)
-        alike: dict[tuple, list[int]] = {}
-        for i, matrix in enumerate(ahead):
-            sides = len(matrix), matrix[0].numel()
-            alike.setdefault((min(sides), max(sides), matrix.dtype, matrix.device), []).append(i)
-        for (_, longer, dtype, _), places in alike.items():
-            matrices = [ahead[i].flatten(1) for i in places]
-            wide = torch.stack([matrix if len(matrix) <= matrix.shape[1] else matrix.t() for matrix in matrices])
-            steps = orthogonalized(wide, self.ns_steps).to(dtype)
-            for i, step in zip(places, steps, strict=True):
-                step = step if len(step) == len(ahead[i]) else step.t()
-                moved[i].add_(step.reshape(ahead[i].shape), alpha=-lr * 0.2 * longer**0.5)
+        alike: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
+        for parameter, gradient in zip(moved, ahead, strict=True):
+            key = gradient.shape, gradient.dtype, gradient.device
+            alike.setdefault(key, []).append((parameter, gradient))
+        for (shape, dtype, _), pairs in alike.items():
+            matrices = torch.stack([gradient.flatten(1) for _, gradient in pairs])
+            steps = orthogonalized(matrices, self.ns_steps).to(dtype)
+            alpha = -lr * 0.2 * max(matrices.shape[1:]) ** 0.5
+            for (parameter, _), step in zip(pairs, steps, strict=True):
+                parameter.add_(step.view(shape), alpha=alpha)
 
 
 def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:

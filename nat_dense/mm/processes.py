@@ -59,7 +59,7 @@ def let_first_write_metrics(runner: Runner) -> None:
     """
     for hook in runner.hooks:
         if isinstance(hook, LoggerHook):
-            vars(hook)["after_test_epoch"] = master_only(hook.after_test_epoch)
+            hook.after_test_epoch = master_only(hook.after_test_epoch)  # type: ignore[method-assign]
 
 
 def leave_group() -> None:
