@@ -1,4 +1,4 @@
-"""The quickstart: from nothing to a trained NAT detector, a trained NAT segmentor, and a page that shows what they see.
+"""The quickstart: from nothing to a trained NAT detector, a trained DiNAT segmentor, and a page of what they see.
 
 `prepare` reads the configs and generates the shapes; `run` trains the tasks side by side through the `build_runner` of
 tools/train.py, evaluates on the validation split and writes curves, pictures and report.html. The benchmark that
@@ -19,6 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from multiprocessing.managers import SyncManager
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -60,7 +61,7 @@ class Task:
 
 TASKS = (
     Task("detection", "NAT Mask R-CNN", "mask-rcnn_nat-nano_fpn_1xb4_shapes.py"),
-    Task("segmentation", "NAT UPerNet", "nat-nano_upernet_1xb4_shapes.py"),
+    Task("segmentation", "DiNAT UPerNet", "dinat-nano_upernet_1xb4_shapes.py"),
 )
 
 
@@ -160,7 +161,8 @@ def train(trainings: Sequence[Training], console: Console) -> list[dict[str, Any
     """Trains and evaluates side by side, a process and its share of the cores each, unless that was done before.
 
     Models this small can't keep many cores busy: two trainings of one thread each get further than one after the
-    other on two.
+    other on two. What trains on when others have finished takes their cores. How many threads add up a sum changes
+    its last digits, so that the numbers of a seed come again only roughly.
 
     A run that was interrupted goes on from its last checkpoint. A folder with another config's run is renamed, not
     overwritten. MMEngine's own output goes to console.txt in the folder.
@@ -240,13 +242,15 @@ def _train_in_processes(trainings: Sequence[Training]) -> None:
     manager.start(_end_with_parent)
     with manager:
         messages = manager.Queue()
-        with ProcessPoolExecutor(workers, context, _start_worker, (cores // workers,)) as pool:
+        threads = context.Value("i", cores // workers)
+        with ProcessPoolExecutor(workers, context, _start_worker, (threads,)) as pool:
             running = {pool.submit(_train_one, training, messages): training.title for training in trainings}
             board, pending = Board(), set(running)
             lines: dict[str, ProgressLine] = {}
             try:
                 while pending:
                     finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                    threads.value = cores // min(workers, len(pending) or 1)
                     while not messages.empty():
                         _show(messages.get(), board, lines)
                     for future in finished:
@@ -271,9 +275,15 @@ def _show(message: Message, board: Board, lines: dict[str, ProgressLine]) -> Non
     lines[title].advance(note, done - lines[title].done)
 
 
-def _start_worker(threads: int) -> None:
+_threads: Synchronized[int]
+"""In a process that trains: how many threads it may use now."""
+
+
+def _start_worker(threads: Synchronized[int]) -> None:
+    global _threads
     _end_with_parent()
-    torch.set_num_threads(threads)
+    _threads = threads
+    torch.set_num_threads(threads.value)
 
 
 def _end_with_parent() -> None:
@@ -290,7 +300,7 @@ def _end_with_parent() -> None:
 def _train_one(training: Training, messages: Queue[Message]) -> None:
     """Trains, evaluates, draws; leaves `RESULT` when all is done. Runs in a process of its own."""
     folder = training.folder
-    watch = _Watch(training.title, messages)
+    watch = _Watch(training.title, messages, _threads)
     with (folder / "console.txt").open("a") as output, redirect_stdout(output), redirect_stderr(output):
         runner = build_runner(training.cfg)
         runner.register_hook(watch, priority="LOWEST")
@@ -316,11 +326,20 @@ def _train_one(training: Training, messages: Queue[Message]) -> None:
 
 
 class _Watch(Hook):
-    """Tells the parent process how far training and evaluating are, and keeps the last evaluation's numbers."""
+    """Tells the parent process how far training and evaluating are, and keeps the last evaluation's numbers.
 
-    def __init__(self, title: str, messages: Queue[Message]) -> None:
-        self.title, self.messages = title, messages
+    Between iterations it takes the cores that other trainings have left.
+    """
+
+    def __init__(self, title: str, messages: Queue[Message], threads: Synchronized[int]) -> None:
+        self.title, self.messages, self.threads = title, messages, threads
         self.metrics: dict[str, float] = {}
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Changes the number of threads."""
+        if torch.get_num_threads() != self.threads.value:
+            torch.set_num_threads(self.threads.value)
+            runner.logger.info("Going on with %d threads", torch.get_num_threads())
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Tells of one iteration."""

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -15,11 +16,12 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from PIL import Image
+from rich.console import Console
 
 from nat_dense.datasets import scene, shapes
 from nat_dense.mm.checkpoints import latest_checkpoint
 from nat_dense.mm.config import load_config
-from nat_dense.quickstart import CONFIGS, TASKS, task_config
+from nat_dense.quickstart import CONFIGS, TASKS, Training, task_config, train
 from tests.mm.small import REPOSITORY, load_tool
 
 FULL = task_config(TASKS[0].config, Path("data")).train_cfg.max_iters
@@ -101,7 +103,7 @@ def test_the_report_stands_alone_and_shows_all(root):
     metrics = load_tool("test").main([*test[2:4], "--work-dir", str(root / "tested")])
     assert metrics["coco/bbox_mAP"] == result(root, "detection")["metrics"]["coco/bbox_mAP"]
     assert f"<b>{result(root, 'detection')['metrics']['coco/bbox_mAP']:.3f}</b><span>NAT Mask R-CNN: box mAP" in text
-    assert f"<b>{result(root, 'segmentation')['metrics']['mIoU'] / 100:.3f}</b><span>NAT UPerNet: mIoU" in text
+    assert f"<b>{result(root, 'segmentation')['metrics']['mIoU'] / 100:.3f}</b><span>DiNAT UPerNet: mIoU" in text
 
 
 def test_a_second_run_uses_what_is_finished(root, capsys):
@@ -177,6 +179,23 @@ def test_trainings_end_with_the_process_that_started_them(root, tmp_path):
         assert len(children) >= 3, "two trainings and a manager"
         parent.kill()
     wait_for(lambda: not any(child.exists() for child in children), 20)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
+def test_the_longer_training_takes_the_cores_of_the_shorter(root, tmp_path):
+    """Of two with one core each; the longer one is under way when the shorter one has finished."""
+    options = shapes.ShapesOptions(24, 6, 64)
+    cores = os.cpu_count()
+    short, long = (
+        Training(f"{budget}", task_config(TASKS[1].config, root / "data", 0, budget), tmp_path / f"{budget}", options)
+        for budget in (BUDGET, 0.04)
+    )
+    results = train([short, long], Console(file=io.StringIO()))
+    assert [r["iterations"] for r in results] == [t.cfg.train_cfg.max_iters for t in (short, long)]
+    logs = [(t.folder / "console.txt").read_text() for t in (short, long)]
+    assert ["Going on with" in log for log in logs] == [False, True]
+    assert f"Going on with {cores} threads" in logs[1]
 
 
 def wait_for(condition, seconds: float = 120) -> None:

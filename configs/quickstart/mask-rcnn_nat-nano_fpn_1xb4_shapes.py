@@ -34,5 +34,5 @@ model = dict(
 
 default_hooks = dict(
     logger=dict(interval=20, log_metric_by_epoch=False),
-    checkpoint=dict(interval=700, by_epoch=False, max_keep_ckpts=2))
+    checkpoint=dict(interval=300, by_epoch=False, max_keep_ckpts=2))
 log_processor = dict(window_size=20, by_epoch=False)

@@ -1,6 +1,6 @@
 """The shapes data set, generated: no download, labelled exactly, as hard as you like to look at.
 
-    python -m nat_dense.datasets.shapes OUT --train 1600 --val 200 --size 128 --seed 0
+    python -m nat_dense.datasets.shapes OUT --train 6400 --val 200 --size 128 --seed 0
 
 writes one folder that serves detection (COCO JSON) and segmentation (ADE20K folders) from the same pictures:
 
@@ -50,7 +50,7 @@ class ShapesOptions:
         version: Of the generator.
     """
 
-    train: int = 1600
+    train: int = 6400
     val: int = 200
     size: int = 128
     seed: int = 0
