@@ -1,4 +1,4 @@
-# make quickstart   trains a small NAT detector and segmentor on generated data and shows what they see
+# make quickstart   trains a small NAT detector and a DiNAT segmentor on generated data and shows what they see
 # make test         the tests
 # Both set up .venv first, and do nothing twice.
 

@@ -1,4 +1,4 @@
-"""Trains a small NAT Mask R-CNN and a small NAT UPerNet on generated pictures and shows what they see.
+"""Trains a small NAT Mask R-CNN and a small DiNAT UPerNet on generated pictures and shows what they see.
 
 python tools/quickstart.py
 
