@@ -3,8 +3,8 @@
 python benchmarks/quickstart.py --seeds 0 1 2
 
 prints a table, and writes it with every single number to quickstart.md and quickstart.json in the work-dir. What an
-earlier run finished is used again. As many trainings run at once as there are cores, one thread each. Run it on an
-idle machine: it reports the seconds of a training beside such others.
+earlier run finished is used again. As many trainings run at once as there are cores, one thread each, until fewer are
+left. Run it on an idle machine: it reports the seconds of a training beside others.
 """
 
 import argparse

@@ -7,6 +7,7 @@ compares backbones calls `train` as well.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
@@ -19,7 +20,6 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from multiprocessing.managers import SyncManager
-from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -242,7 +242,7 @@ def _train_in_processes(trainings: Sequence[Training]) -> None:
     manager.start(_end_with_parent)
     with manager:
         messages = manager.Queue()
-        threads = context.Value("i", cores // workers)
+        threads = context.Value("i", _share(cores, workers), lock=False)  # a lock would outlive a killed worker
         with ProcessPoolExecutor(workers, context, _start_worker, (threads,)) as pool:
             running = {pool.submit(_train_one, training, messages): training.title for training in trainings}
             board, pending = Board(), set(running)
@@ -250,13 +250,13 @@ def _train_in_processes(trainings: Sequence[Training]) -> None:
             try:
                 while pending:
                     finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-                    threads.value = cores // min(workers, len(pending) or 1)
                     while not messages.empty():
                         _show(messages.get(), board, lines)
                     for future in finished:
                         future.result()
                         if running[future] in lines:
                             lines.pop(running[future]).close()
+                    threads.value = _share(cores, min(workers, len(pending)))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in multiprocessing.active_children():
@@ -275,11 +275,16 @@ def _show(message: Message, board: Board, lines: dict[str, ProgressLine]) -> Non
     lines[title].advance(note, done - lines[title].done)
 
 
-_threads: Synchronized[int]
+def _share(cores: int, workers: int) -> int:
+    """Threads for each of some workers, no more than torch takes by itself, which minds OMP_NUM_THREADS."""
+    return max(1, min(torch.get_num_threads(), cores // max(1, workers)))
+
+
+_threads: ctypes.c_int
 """In a process that trains: how many threads it may use now."""
 
 
-def _start_worker(threads: Synchronized[int]) -> None:
+def _start_worker(threads: ctypes.c_int) -> None:
     global _threads
     _end_with_parent()
     _threads = threads
@@ -331,15 +336,17 @@ class _Watch(Hook):
     Between iterations it takes the cores that other trainings have left.
     """
 
-    def __init__(self, title: str, messages: Queue[Message], threads: Synchronized[int]) -> None:
+    def __init__(self, title: str, messages: Queue[Message], threads: ctypes.c_int) -> None:
         self.title, self.messages, self.threads = title, messages, threads
+        self.used = threads.value
         self.metrics: dict[str, float] = {}
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Changes the number of threads."""
-        if torch.get_num_threads() != self.threads.value:
-            torch.set_num_threads(self.threads.value)
-            runner.logger.info("Going on with %d threads", torch.get_num_threads())
+        if (threads := self.threads.value) != self.used:
+            torch.set_num_threads(threads)
+            self.used = threads
+            runner.logger.info("Going on with %d threads", threads)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Tells of one iteration."""

@@ -14,7 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS
 from PIL import Image
 from rich.console import Console
 
@@ -184,14 +187,18 @@ def test_trainings_end_with_the_process_that_started_them(root, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
 def test_the_longer_training_takes_the_cores_of_the_shorter(root, tmp_path):
-    """Of two with one core each; the longer one is under way when the shorter one has finished."""
+    """Of two with half of the cores each; the longer one is under way when the shorter one has finished."""
     options = shapes.ShapesOptions(24, 6, 64)
-    cores = os.cpu_count()
     short, long = (
         Training(f"{budget}", task_config(TASKS[1].config, root / "data", 0, budget), tmp_path / f"{budget}", options)
-        for budget in (BUDGET, 0.04)
+        for budget in (0.002, 0.04)
     )
-    results = train([short, long], Console(file=io.StringIO()))
+    before, cores = torch.get_num_threads(), os.cpu_count()
+    torch.set_num_threads(cores)  # the tests run with OMP_NUM_THREADS=1
+    try:
+        results = train([short, long], Console(file=io.StringIO()))
+    finally:
+        torch.set_num_threads(before)
     assert [r["iterations"] for r in results] == [t.cfg.train_cfg.max_iters for t in (short, long)]
     logs = [(t.folder / "console.txt").read_text() for t in (short, long)]
     assert ["Going on with" in log for log in logs] == [False, True]
@@ -240,6 +247,22 @@ def test_the_configs_name_the_classes_and_colours_of_the_data():
         expected = scene.CLASSES if "mask-rcnn" in file.name else shapes.SEMANTIC_CLASSES
         assert tuple(metainfo.classes) == expected, file
         assert [tuple(colour) for colour in metainfo.palette] == palette[-len(expected) :], file
+
+
+@pytest.mark.parametrize(
+    ("config", "biases"),
+    [(TASKS[1].config, "rpb"), ("swin-nano_upernet_1xb4_shapes.py", "relative_position_bias_table")],
+)
+def test_position_biases_learn_at_a_rate_of_their_own(config, biases):
+    cfg = task_config(config, Path("data"))
+    model = MODELS.build(cfg.model)
+    groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
+    rates = {name: (group["lr"], group["weight_decay"]) for group in groups for name in group["param_names"]}
+    rate = cfg.optim_wrapper.optimizer.lr
+    found = {name for name, settings in rates.items() if settings == (10 * rate, 0)}
+    assert found == {name for name, _ in model.named_parameters() if name.endswith(biases)}
+    assert len(found) == 10, "one a block"
+    assert {lr for name, (lr, _) in rates.items() if name not in found} == {rate}
 
 
 @pytest.mark.parametrize("budget", [0.5, 0.3, 0.123])

@@ -1,5 +1,5 @@
 # A short run from scratch on a CPU: Muon and AdamW, a short warm-up, then a cosine to zero; evaluated four times. The
-# rates are the best of a few that were tried: docs/quickstart.md has what came of the others.
+# learning rate does as well as any that was tried in shorter runs: docs/quickstart.md has what came of the others.
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=1200, val_interval=300)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
