@@ -338,7 +338,7 @@ class _Watch(Hook):
 
     def __init__(self, title: str, messages: Queue[Message], threads: ctypes.c_int) -> None:
         self.title, self.messages, self.threads = title, messages, threads
-        self.used = threads.value
+        self.used = torch.get_num_threads()
         self.metrics: dict[str, float] = {}
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
