@@ -17,7 +17,7 @@ import pytest
 import torch
 from filelock import FileLock
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 from rich.console import Console
 
@@ -255,6 +255,7 @@ def test_the_configs_name_the_classes_and_colours_of_the_data():
 )
 def test_position_biases_learn_at_a_rate_of_their_own(config, biases):
     cfg = task_config(config, Path("data"))
+    init_default_scope(cfg.default_scope)
     model = MODELS.build(cfg.model)
     groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
     rates = {name: (group["lr"], group["weight_decay"]) for group in groups for name in group["param_names"]}
