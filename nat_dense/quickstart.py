@@ -277,7 +277,7 @@ def _show(message: Message, board: Board, lines: dict[str, ProgressLine]) -> Non
 
 def _share(cores: int, workers: int) -> int:
     """Threads for each of some workers, no more than torch takes by itself, which minds OMP_NUM_THREADS."""
-    return max(1, min(torch.get_num_threads(), cores // max(1, workers)))
+    return min(torch.get_num_threads(), cores // max(1, workers))
 
 
 _threads: ctypes.c_int
