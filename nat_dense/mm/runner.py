@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
@@ -13,7 +14,7 @@ from mmengine.visualization import Visualizer
 from nat_dense.checkpoints import fetch, read
 from nat_dense.mm.checkpoints import DropEmbeddedConfig, check_fits, check_work_dir, refuse_pickled_code
 from nat_dense.mm.data_checks import check_data
-from nat_dense.mm.machine import fit_to_machine
+from nat_dense.mm.machine import fit_to_machine, keep_freed_memory
 from nat_dense.mm.model_checks import check_last_batch, check_model
 from nat_dense.mm.options import enable_tta
 from nat_dense.mm.processes import join_on_cpus, let_first_write_metrics
@@ -47,6 +48,8 @@ def build_runner(
     init_default_scope(cfg.get("default_scope", "mmengine"))
     training = mode == "train"
     notices = fit_to_machine(cfg, training=training)
+    if training and get_device() == "cpu":
+        keep_freed_memory()
     model, warnings = check_model(cfg, training=training)
     notices += warnings
     notices += check_data(cfg, tuple(name for name in LOADERS[mode] if cfg.get(name)))

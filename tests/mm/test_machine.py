@@ -1,5 +1,9 @@
 """What the machine can't run is replaced, and said."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
@@ -89,3 +93,31 @@ def test_faster_evaluation_where_it_is_installed(device, monkeypatch, installed)
     notices = fit_to_machine(cfg)
     assert cfg.val_evaluator.type == ("FasterCocoMetric" if installed else "CocoMetric")
     assert any("pip install faster-coco-eval" in notice for notice in notices) != installed
+
+
+FAULTS = """
+import resource, sys, torch
+from nat_dense.mm.machine import keep_freed_memory
+
+def faults(times):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        torch.empty(48 << 20, dtype=torch.uint8).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+faults(2)
+print(faults(4))
+"""
+"""How many pages of memory the system hands out for a block that is freed and allocated again."""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library isn't glibc")
+def test_freed_memory_is_kept():
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", FAULTS, how], check=True, capture_output=True, text=True).stdout)
+        for how in ("keep", "give back")
+    )
+    assert given_back > 4 * 10  # pages may be huge ones
+    assert kept < given_back / 10
