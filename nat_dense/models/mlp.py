@@ -1,7 +1,8 @@
 """Two linear layers with an exact GELU between them, as one function that keeps little for its backward pass.
 
 The maps around the GELU are the widest of a network. Of its own, torch keeps both, for the backward pass reads one and
-the product after it the other; torch.compile too, which computes nothing again that a product reads.
+the product after it the other; torch.compile too, which computes nothing again that a product reads. On a GPU the GELU
+is computed where the product before it is.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nat_dense.models import gelu  # noqa: F401  (registers the operator)
+from nat_dense.models import gelu  # noqa: F401  (registers the operators)
 from nat_dense.models.linear import linear, parameter_gradients, suits_onednn
 from nat_dense.ops.functional import is_exported, is_transformed
 
@@ -32,20 +33,33 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
         bias2: [out].
     """
     tensors = (x, weight1, bias1, weight2, bias2)
-    if not (torch.is_grad_enabled() and weight1.requires_grad and weight2.requires_grad and _is_taken(*tensors)):
+    if torch.is_grad_enabled():
+        if weight1.requires_grad and weight2.requires_grad and _is_taken(*tensors):
+            return _Mlp.apply(*_lowered(*tensors))  # here, so that what is kept has autocast's dtype
         return linear(F.gelu(linear(x, weight1, bias1)), weight2, bias2)
-    device = x.device.type
-    if torch.is_autocast_enabled(device):  # here, so that what is kept has autocast's dtype
-        return _Mlp.apply(*(t.to(torch.get_autocast_dtype(device)) for t in tensors))
-    return _Mlp.apply(*tensors)
+    if _on_gpu(x) and _is_taken(*tensors):
+        x, weight1, bias1, weight2, bias2 = _lowered(*tensors)
+        return linear(torch.ops.nat_dense.linear_gelu(x, weight1, bias1, False)[0], weight2, bias2)
+    return linear(torch.ops.aten.gelu_(linear(x, weight1, bias1)), weight2, bias2)
+
+
+def _lowered(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    """What autocast makes of operands of a linear layer."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, *parameters
+    return tuple(t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, *parameters))
 
 
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
-        before = linear(x, weight1, bias1)
+        if _on_gpu(x):
+            after, before = torch.ops.nat_dense.linear_gelu(x, weight1, bias1, True)
+        else:
+            before = linear(x, weight1, bias1)
+            after = F.gelu(before)
         ctx.save_for_backward(x, before, weight1, bias1, weight2)
-        return linear(F.gelu(before), weight2, bias2)
+        return linear(after, weight2, bias2)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:

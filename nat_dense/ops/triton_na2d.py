@@ -178,7 +178,7 @@ class Launch:
 
     @classmethod
     def of(cls, kernel: str, query: Tensor, kernel_size: Pair, dilation: Pair, scale: float, variant: str) -> Launch:
-        precision = _precision(query.dtype)
+        precision = product_precision(query.dtype)
         return _launch(kernel, query.shape, query.element_size(), precision, kernel_size, dilation, scale, variant)
 
     def pads(self, query: Tensor, *pads: Tensor | None) -> list[Tensor | None]:
@@ -233,7 +233,7 @@ def _launch(
     return Launch((programs_per_head * heads,), programs_per_head, fewest != tiles, is_padded, arguments)
 
 
-def _precision(dtype: torch.dtype) -> str:
+def product_precision(dtype: torch.dtype) -> str:
     """Of products of float32: tf32 where torch's own matrix products may use it, else three of them for one.
 
     Three products of tf32 halves have an error like float32's. Triton's products in true float32 run outside the

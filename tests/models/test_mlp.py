@@ -265,10 +265,9 @@ def test_compiles_into_a_forward_pass_that_returns_no_gelu(autocast, as_on_gpu):
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         expected = plain(*leaves)
     assert_gradients_close(found, expected, leaves, 2**-7 if autocast else 1e-6)  # compiles the backward pass
-    operator = "nat_dense.gelu_backward.default"
-    assert targets(graphs["backward"]).count(operator) == 1
-    assert operator not in targets(graphs["forward"])
-    assert "aten.gelu.default" not in targets(graphs["backward"])
+    for name, operator in (("forward", "linear_gelu"), ("backward", "gelu_backward")):
+        found = [target for target in targets(graphs[name]) if "gelu" in target]
+        assert found == [f"nat_dense.{operator}.default"]
     assert wide(graphs["forward"]) == ["before"]
 
 
@@ -282,8 +281,12 @@ def test_of_its_own_torch_compiles_into_one_that_does():
 
 def wide(graph) -> list[str]:
     """The maps [tokens, HIDDEN] among what a forward pass returns: "before" or "after" its GELU."""
-    (gelu,) = (node for node in graph.nodes if str(node.target) == "aten.gelu.default")
     (output,) = (node for node in graph.nodes if node.op == "output")
+    layer = [node for node in graph.nodes if str(node.target) == "nat_dense.linear_gelu.default"]
+    gelus = [node for node in graph.nodes if str(node.target) == "aten.gelu.default"] or [
+        node for node in graph.nodes if node.args == (*layer, 0)
+    ]
+    (gelu,) = gelus
 
     def follows(node) -> bool:
         return node is gelu or any(follows(source) for source in node.all_input_nodes)
@@ -384,11 +387,12 @@ def test_the_same_bits_every_time(path):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_on_a_gpu_under_autocast(dtype, compiled):
     """Output and gradients as the plain formula's, and a forward pass that leaves less by the map after the GELU."""
+    torch.compiler.reset()  # what torch 2.11 compiled under autocast to one dtype it also takes under another
     leaves = operands(2, 100, 152, DIM, device="cuda")
-    tokens = leaves[0] * 1.0  # autocast keeps what it makes of a leaf for the next call
 
     def left(function) -> tuple[torch.Tensor, int]:
         function = torch.compile(function, fullgraph=True) if compiled else function
+        tokens = leaves[0] * 1.0  # autocast keeps what it makes of a leaf for the next call
         function(tokens, *leaves[1:])  # what compilers, autocast and cuBLAS keep for later calls
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

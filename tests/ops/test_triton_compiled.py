@@ -10,7 +10,7 @@ import re
 import pytest
 import torch
 
-from nat_dense.models.gelu import BLOCK_COLUMNS, BLOCK_ROWS, WARPS, launch
+from nat_dense.models import gelu
 from nat_dense.ops import triton_na2d
 from tests.ops.cases import Case
 
@@ -109,13 +109,34 @@ def test_the_gelu_takes_16_bytes_at_a_time(dtype, capability, kernels):
 
     driver.set_active(Gpu(capability))
     for shape in ((2, 70, 192), (33, 1536)):
-        launch(*torch.randn(2, *shape).to(dtype))
+        gelu.launch_backward(*torch.randn(2, *shape).to(dtype))
+    first, second = (kernel for kernel in kernels if kernel.name == "gelu_backward_kernel")
+    assert first is second
+    assert first.metadata.shared <= SMALLEST_SHARED
+    code = first.asm["ptx"]
+    block = gelu.BLOCK_ROWS * gelu.BLOCK_COLUMNS * dtype.itemsize
+    wide = 2 * block // (16 * 32 * gelu.WARPS)  # of two maps, for each thread
+    assert re.findall(r"ld\.global\S*", code) == ["ld.global.v4.b32"] * wide
+    assert re.findall(r"st\.global\S*", code) == ["st.global.v4.b32"] * wide + ["st.global.b32"]  # the sums
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_layer_takes_16_bytes_at_a_time(keep, capability, kernels):
+    from triton.runtime import driver
+
+    driver.set_active(Gpu(capability))
+    for depth, channels in ((64, 192), (512, 1536)):
+        shapes = ((2, 70, depth), (channels, depth), (channels,))
+        gelu.launch_forward(*(torch.randn(shape).bfloat16() for shape in shapes), keep)
     assert kernels[0] is kernels[1]
     assert kernels[0].metadata.shared <= SMALLEST_SHARED
     code = kernels[0].asm["ptx"]
-    wide = 2 * BLOCK_ROWS * BLOCK_COLUMNS * dtype.itemsize // (16 * 32 * WARPS)  # of two maps, for each thread
-    assert re.findall(r"ld\.global\S*", code) == ["ld.global.v4.b32"] * wide
-    assert re.findall(r"st\.global\S*", code) == ["st.global.v4.b32"] * wide + ["st.global.b32"]  # the sums
+    assert set(re.findall(r"cp\.async\.c[ag]\S* .*?, (0x\w+|\d+)[,;]", code)) == {"0x10"}
+    stores = re.findall(r"st\.global\S*", code)
+    rows, columns, _ = gelu.FORWARD["BLOCK"]
+    assert stores == ["st.global.v4.b32"] * ((1 + keep) * rows * columns * 2 // (16 * 32 * gelu.FORWARD["num_warps"]))
+    assert ("wgmma" in code) == (capability == 90)
 
 
 def test_a_gelu_of_an_odd_width_compiles(kernels):
@@ -123,7 +144,8 @@ def test_a_gelu_of_an_odd_width_compiles(kernels):
 
     driver.set_active(Gpu(80))
     for width in (1, 65):
-        launch(*torch.randn(2, 5, width))
+        gelu.launch_backward(*torch.randn(2, 5, width))
+        gelu.launch_forward(*(torch.randn(shape).half() for shape in ((5, 3), (width, 3), (width,))), True)
     assert all(kernel.asm["cubin"] for kernel in kernels)
 
 
