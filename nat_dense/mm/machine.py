@@ -71,12 +71,12 @@ def keep_freed_memory() -> bool:
     """Asks the C library to keep what this process frees for what it allocates next; says whether it does (glibc).
 
     A training step allocates the large blocks of the one before. Given back in between, each is mapped and cleared anew
-    by the system, a few milliseconds of every step on a CPU. The process then stays as large as it was at its largest.
+    by the system: up to a tenth of a step on a CPU. The process then stays as large as it was at its largest.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))  # -1: never, of any size
 
 
 def replace_sync_norms(model: Any) -> bool:

@@ -129,7 +129,7 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        if (self.training and self.drop.p > 0) or not (_is_plain(self.fc1) and _is_plain(self.fc2)):
+        if (self.drop.training and self.drop.p > 0) or not (_is_plain(self.fc1) and _is_plain(self.fc2)):
             out = self.fc2(self.drop(F.gelu(self.fc1(x))))
         else:
             out = mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)

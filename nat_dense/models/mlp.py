@@ -1,8 +1,8 @@
 """Two linear layers with an exact GELU between them, as one function that keeps little for its backward pass.
 
 The maps around the GELU are the widest of a network. Of its own, torch keeps both, for the backward pass reads one and
-the product after it the other; torch.compile too, which computes nothing again that a product reads. On a GPU the GELU
-is computed where the product before it is.
+the product after it the other; torch.compile too, which computes nothing again that a product reads. On a GPU and in
+two bytes the GELU is computed where the product before it is.
 """
 
 from __future__ import annotations

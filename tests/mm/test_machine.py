@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from nat_dense.mm import machine
+from nat_dense.mm import machine, runner
 from nat_dense.mm.config import load_config
 from nat_dense.mm.machine import fit_to_machine
 from nat_dense.mm.processes import VARIABLES
@@ -107,9 +107,11 @@ libc.free.argtypes = [ctypes.c_void_p]
 def faults(times):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(times):
-        block = libc.malloc(48 << 20)
-        ctypes.memset(block, 1, 48 << 20)
-        libc.free(block)
+        blocks = [libc.malloc(256 << 20) for _ in range(10)]  # together more than an int counts
+        for block in blocks:
+            ctypes.memset(block, 1, 1 << 20)
+        for block in blocks:
+            libc.free(block)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 if sys.argv[1] == "keep":
@@ -117,7 +119,7 @@ if sys.argv[1] == "keep":
 faults(2)
 print(faults(4))
 """
-"""How many pages of memory the system hands out for a block that is freed and allocated again."""
+"""How many pages of memory the system hands out for blocks that are freed and allocated again."""
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library isn't glibc")
@@ -128,3 +130,16 @@ def test_freed_memory_is_kept():
     )
     assert given_back > 4 * 10  # pages may be huge ones
     assert kept < given_back / 10
+
+
+@pytest.mark.parametrize(
+    ("mode", "name", "kept"), [("train", "cpu", True), ("test", "cpu", False), ("train", "cuda", False)]
+)
+def test_training_on_a_cpu_keeps_memory(mode, name, kept, monkeypatch):
+    calls = []
+    monkeypatch.setattr(runner, "get_device", lambda: name)
+    monkeypatch.setattr(runner, "keep_freed_memory", lambda: calls.append(1))
+    monkeypatch.setattr(runner, "check_model", lambda *_, **__: 1 / 0)  # all that is asked here lies before
+    with pytest.raises(ZeroDivisionError):
+        runner.build_runner(load_config(SEGMENTOR), mode)
+    assert len(calls) == kept

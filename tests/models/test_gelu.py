@@ -129,6 +129,13 @@ def test_a_program_takes_several_blocks_of_rows():
     assert_right(*operands((40_000 if HAS_GPU else 260, 65), torch.float32))
 
 
+def test_a_layer_has_its_own_dtype_under_autocast():
+    operands = layer_operands((6,), 16, 48, torch.float32)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found = torch.ops.nat_dense.linear_gelu(*operands, True)
+    assert all(torch.equal(a, b) for a, b in zip(found, torch.ops.nat_dense.linear_gelu(*operands, True), strict=True))
+
+
 @pytest.mark.parametrize("shape", [(0, 16), (2, 0, 3, 16), (4, 0)], ids=str)
 def test_empty_maps_have_sums_of_zero(shape):
     gelu, grad_x, sums = torch.ops.nat_dense.gelu_backward(*operands(shape, torch.float32))

@@ -369,6 +369,46 @@ def test_dropout_between_the_layers(path, calls):
     assert calls == [1, 1]
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_dropout_that_alone_is_in_training(gradients, path, calls):
+    """As Monte Carlo dropout sets it."""
+    layer = Mlp(DIM, HIDDEN, drop=0.5).eval()
+    layer.drop.train()
+    widths = []
+    layer.drop.register_forward_hook(lambda _, inputs, __: widths.append(inputs[0].shape[-1]))
+    with torch.set_grad_enabled(gradients):
+        layer(torch.randn(90, DIM))
+    assert widths == [HIDDEN, DIM]
+    assert not calls
+
+
+@pytest.mark.parametrize("inference", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_inference_on_a_gpu_takes_the_operator(dtype, inference, as_on_gpu, monkeypatch):
+    """Alone, with what autocast makes of the operands, and without the map before the GELU."""
+    leaves = operands(2, 5, 6, DIM)
+    operator, taken = torch.ops.nat_dense.linear_gelu, []
+    monkeypatch.setattr(
+        torch.ops.nat_dense, "linear_gelu", lambda *args: taken.append((args[0].dtype, args[3])) or operator(*args)
+    )
+    with inference(), torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        torch.testing.assert_close(mlp(*leaves), plain(*leaves))
+        assert taken == [(dtype or torch.float32, False)]
+        torch.jit.trace(Mlp(DIM, HIDDEN), leaves[0].detach(), check_trace=False)
+        with forward_ad.dual_level():
+            mlp(forward_ad.make_dual(leaves[0], torch.ones_like(leaves[0])), *leaves[1:])
+    assert len(taken) == 1
+
+
+def test_inference_on_a_gpu_compiles_into_the_operator(as_on_gpu):
+    with torch.no_grad():
+        leaves = operands(2, 5, 6, DIM)
+        found, graphs = graphs_of(mlp, leaves, False)
+        torch.testing.assert_close(found, plain(*leaves))
+        assert targets(graphs["forward"]).count("nat_dense.linear_gelu.default") == 1
+        assert "aten.gelu.default" not in targets(graphs["forward"])
+
+
 def test_its_operations_are_counted(path):
     leaves = operands(90, DIM)
     with FlopCounterMode(display=False) as counter:
