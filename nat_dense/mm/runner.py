@@ -18,6 +18,7 @@ from nat_dense.mm.machine import fit_to_machine, keep_freed_memory
 from nat_dense.mm.model_checks import check_last_batch, check_model
 from nat_dense.mm.options import enable_tta
 from nat_dense.mm.processes import join_on_cpus, let_first_write_metrics
+from nat_dense.mm.training_checks import check_training
 
 LOADERS = {"train": ("train_dataloader", "val_dataloader"), "test": ("test_dataloader",)}
 
@@ -52,6 +53,8 @@ def build_runner(
         keep_freed_memory()
     model, warnings = check_model(cfg, training=training)
     notices += warnings
+    if training:
+        check_training(cfg, model)
     notices += check_data(cfg, tuple(name for name in LOADERS[mode] if cfg.get(name)))
     if training:
         check_last_batch(cfg, model)

@@ -1,0 +1,134 @@
+"""What is wrong with a config's optimizer, schedules, loops or hooks is found before anything is written.
+
+MMEngine builds them when training starts, in a work-dir that then exists. A misspelt field of its CheckpointHook shows
+at the first checkpoint, when all that was trained until then is lost, and one of `paramwise_cfg` never.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.hooks import CheckpointHook
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import HOOKS, LOOPS, OPTIM_WRAPPERS, OPTIMIZERS, PARAM_SCHEDULERS, Registry
+from mmengine.runner import Runner
+from torch import nn
+
+from nat_dense.mm.errors import describe, did_you_mean
+
+PASSED_ON: dict[type, Callable] = {CheckpointHook: Runner.save_checkpoint}
+"""Whom classes hand the fields to that they don't name."""
+
+CONSTRUCTORS = ("DefaultOptimWrapperConstructor", "GroupedOptimWrapperConstructor")
+PARAMWISE = (
+    "custom_keys",
+    "bias_lr_mult",
+    "bias_decay_mult",
+    "norm_decay_mult",
+    "flat_decay_mult",
+    "dwconv_decay_mult",
+    "dcn_offset_lr_mult",
+    "bypass_duplicate",
+)
+"""What those constructors look for in `paramwise_cfg`; others have more."""
+
+
+def check_training(cfg: Config, model: nn.Module) -> None:
+    """Checks all that trains a model and isn't one.
+
+    Args:
+        cfg: the config; its `default_scope` must be active.
+        model: the model that it builds; not changed.
+
+    Raises:
+        ValueError: a field or a type is misspelt, or the optimizer can't be built for the model.
+    """
+    for name in ("train_cfg", "val_cfg", "test_cfg"):
+        node = cfg.get(name)
+        if isinstance(node, dict):
+            _check_node(name, {"type": _default_loop(name, node), **node}, LOOPS, ("by_epoch",))
+    for name, node in _typed(cfg.get("param_scheduler"), "param_scheduler"):
+        _check_node(name, node, PARAM_SCHEDULERS, ("convert_to_iter_based",))
+    for place in ("default_hooks", "custom_hooks"):
+        for name, node in _typed(cfg.get(place), place):
+            _check_node(name, node, HOOKS, ("priority",))
+    wrapper = cfg.get("optim_wrapper")
+    if isinstance(wrapper, dict) and isinstance(wrapper.get("optimizer"), dict) and "strategy" not in cfg:
+        _check_optimizer(wrapper, model)
+
+
+def _default_loop(name: str, node: dict) -> str:
+    """The loop that the Runner takes where none is named."""
+    if name == "train_cfg":
+        return "EpochBasedTrainLoop" if node.get("by_epoch", True) else "IterBasedTrainLoop"
+    return "ValLoop" if name == "val_cfg" else "TestLoop"
+
+
+def _typed(node: Any, name: str) -> Iterator[tuple[str, dict]]:
+    """The configs of objects in a config, a list or a dict of them, with their places."""
+    if isinstance(node, dict) and "type" in node:
+        yield name, node
+    elif isinstance(node, (dict, list, tuple)):
+        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _typed(child, f"{name}.{key}")
+
+
+def _check_optimizer(wrapper: dict, model: nn.Module) -> None:
+    own = {"type": "OptimWrapper", **wrapper}
+    _check_node("optim_wrapper", own, OPTIM_WRAPPERS, ("constructor", "paramwise_cfg"))
+    _check_node("optim_wrapper.optimizer", wrapper["optimizer"], OPTIMIZERS)
+    if wrapper.get("constructor", CONSTRUCTORS[0]) in CONSTRUCTORS:
+        _check_fields("optim_wrapper.paramwise_cfg", "it", wrapper.get("paramwise_cfg") or {}, PARAMWISE)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # the constructor tells of every parameter
+    try:
+        build_optim_wrapper(model, Config({"wrapper": wrapper}).wrapper)
+    except Exception as error:
+        raise ValueError(f"optim_wrapper: {describe(error)}") from error
+    finally:
+        logging.disable(disabled)
+
+
+def _check_node(name: str, node: dict, registry: Registry, others: Iterable[str] = ()) -> None:
+    """Checks the fields of a config against the constructor of its type, where that names all that it takes."""
+    cls = node["type"]
+    if isinstance(cls, str):
+        with registry.switch_scope_and_registry(node.get("_scope_")) as scoped:
+            cls = scoped.get(cls)
+    if cls is None:
+        raise ValueError(f"{name}.type: MMEngine has no {registry.name} {node['type']!r}. Is it in custom_imports?")
+    known = fields_of(cls)
+    if known is not None:
+        _check_fields(name, cls.__name__, node, (*known, *others, "type"))
+
+
+def _check_fields(name: str, owner: str, node: dict, known: Iterable[str]) -> None:
+    for field in node:
+        if field not in known and not field.startswith("_"):
+            raise ValueError(f"{name}: {owner} has no field {field!r}.{did_you_mean(field, known)}")
+
+
+def fields_of(cls: Any) -> list[str] | None:
+    """What a class can be built with, its base classes' too; None where nothing says what it makes of other names."""
+    if not inspect.isclass(cls):
+        return None
+    names: list[str] = []
+    for base in cls.__mro__[:-1]:
+        if "__init__" in vars(base):
+            found, is_open = _parameters(vars(base)["__init__"])
+            names += found
+            if not is_open:
+                return names
+    for owner, function in PASSED_ON.items():
+        if issubclass(cls, owner):
+            return names + _parameters(function)[0]
+    return names if not any("__init__" in vars(base) for base in cls.__mro__[:-1]) else None
+
+
+def _parameters(function: Callable) -> tuple[list[str], bool]:
+    """Names of a function's parameters, and whether it takes any others."""
+    parameters = inspect.signature(function).parameters.values()
+    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name != "self"]
+    return names, any(p.kind is p.VAR_KEYWORD for p in parameters)

@@ -1,0 +1,125 @@
+"""Misspelt fields of what trains a model are refused before anything is written, and those that fit pass."""
+
+import logging
+from pathlib import Path
+
+import mmdet
+import mmseg
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.registry import HOOKS, init_default_scope
+from torch import nn
+
+from nat_dense.mm.config import load_config
+from nat_dense.mm.training_checks import check_training, fields_of
+from tests.mm.small import DETECTOR, SEGMENTOR, load_tool, parse_options
+
+ON_A_CPU = ["optim_wrapper.type=OptimWrapper"]
+
+
+def load(config: str, *options: str) -> Config:
+    cfg = load_config(config, parse_options([*ON_A_CPU, *options]))
+    init_default_scope(cfg.default_scope)
+    return cfg
+
+
+@pytest.mark.parametrize("config", [DETECTOR, SEGMENTOR])
+def test_a_config_passes_in_silence(config, capsys):
+    cfg, model = load(config), nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16))
+    check_training(cfg, model)
+    capsys.readouterr()  # the libraries print when they are imported
+    check_training(cfg, model)
+    assert not any(capsys.readouterr())
+    assert logging.root.manager.disable == logging.NOTSET
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("train_cfg.max_itrs=5", "train_cfg: IterBasedTrainLoop has no field 'max_itrs'. Did you mean 'max_iters'?"),
+        ("val_cfg.fp17=True", "val_cfg: ValLoop has no field 'fp17'. Did you mean 'fp16'?"),
+        ("train_cfg.type=IterBasedTrainLop", "train_cfg.type: MMEngine has no loop 'IterBasedTrainLop'"),
+        ("param_scheduler.0.begn=1", "param_scheduler.0: LinearLR has no field 'begn'. Did you mean 'begin'?"),
+        ("default_hooks.checkpoint.intervall=3", "CheckpointHook has no field 'intervall'. Did you mean 'interval'?"),
+        ("default_hooks.logger.type=LogerHook", "default_hooks.logger.type: MMEngine has no hook 'LogerHook'"),
+        ("optim_wrapper.clip_grd=3", "optim_wrapper: OptimWrapper has no field 'clip_grd'. Did you mean 'clip_grad'?"),
+        ("optim_wrapper.optimizer.lrr=1", "optim_wrapper.optimizer: AdamW has no field 'lrr'. Did you mean 'lr'?"),
+        ("optim_wrapper.optimizer.lr=-1.0", "optim_wrapper: Invalid learning rate: -1.0"),
+        ("optim_wrapper.optimizer.type=Adamw", "optim_wrapper.optimizer.type: MMEngine has no optimizer 'Adamw'"),
+        ("optim_wrapper.paramwise_cfg.norm_decay_mul=0", "no field 'norm_decay_mul'. Did you mean 'norm_decay_mult'?"),
+    ],
+)
+def test_what_is_misspelt_is_named(option, expected):
+    with pytest.raises(ValueError, match=r".") as raised:
+        check_training(load(SEGMENTOR, option), nn.Linear(16, 16))
+    assert expected in str(raised.value)
+
+
+def test_loops_without_a_type_are_the_runners():
+    by_epoch = dict(by_epoch=True, max_epochs=3, val_interval=1)
+    cfg = load(DETECTOR)
+    cfg.train_cfg = by_epoch
+    check_training(cfg, nn.Linear(16, 16))
+    cfg.train_cfg = by_epoch | dict(max_iters=3)
+    with pytest.raises(ValueError, match="EpochBasedTrainLoop has no field 'max_iters'"):
+        check_training(cfg, nn.Linear(16, 16))
+    cfg.train_cfg = dict(by_epoch=False, max_iters=3)
+    check_training(cfg, nn.Linear(16, 16))
+
+
+def test_the_model_is_left_alone():
+    model = nn.Linear(16, 16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    cfg = load(SEGMENTOR)
+    text = cfg.pretty_text
+    check_training(cfg, model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert cfg.pretty_text == text
+
+
+def test_fields_are_those_of_base_classes_too():
+    class Open(Hook):
+        def __init__(self, own: int, **others):
+            pass
+
+    class Closed(CheckpointHook):
+        def __init__(self, own: int, **others):
+            super().__init__(**others)
+
+    assert fields_of(Open) is None
+    assert {"own", "interval", "max_keep_ckpts", "save_optimizer"} <= set(fields_of(Closed) or ())
+    assert fields_of(EMAHook) is None  # hands others to a class that its fields name
+    assert fields_of(HOOKS.get("IterTimerHook")) == []
+    assert fields_of(lambda **others: None) is None
+
+
+def test_train_refuses_it_and_writes_nothing(tmp_path, capsys):
+    """At the end of this training, CheckpointHook itself would notice."""
+    options = ["default_hooks.checkpoint.intervall=3", "model.backbone.init_cfg=None"]
+    with pytest.raises(SystemExit) as stopped:
+        load_tool("train").main([SEGMENTOR, "--work-dir", str(tmp_path / "run"), "--cfg-options", *options])
+    assert stopped.value.code == 2
+    assert not (tmp_path / "run").exists()
+    assert "train.py: error: default_hooks.checkpoint: CheckpointHook has no" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", [mmdet, mmseg])
+def test_configs_of_the_libraries_pass(library, monkeypatch):
+    """All that load here: none of them has a field that a check of ours doesn't know."""
+    monkeypatch.setattr("nat_dense.mm.training_checks.build_optim_wrapper", lambda *_: None)
+    checked = 0
+    for path in sorted((Path(library.__file__).parent / ".mim/configs").rglob("*.py")):
+        if "_base_" in path.parts:
+            continue
+        try:
+            cfg = load_config(str(path))
+        except (ImportError, FileNotFoundError):  # mmpretrain, which we don't install; a base that isn't there
+            continue
+        if "train_cfg" in cfg:
+            init_default_scope(cfg.get("default_scope", "mmengine"))
+            check_training(cfg, nn.Linear(16, 16))
+            checked += 1
+    assert checked > 300
