@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from nat_dense.mm.coco_file import check_categories, check_coco_file
 from nat_dense.mm.config import evaluators
-from nat_dense.mm.errors import did_you_mean
+from nat_dense.mm.fields import check_fields, class_of
 from nat_dense.mm.images import CHANNELS, Picture, find_bad_images, find_bad_labels, sample
 
 CHOICES = {"images": ("sample", "all", "none"), "bad_images": ("stop", "skip"), "other_classes": ("stop", "ignore")}
@@ -157,11 +157,7 @@ def _check_names(source: Source, pictures: list[Picture], part: str, named: dict
 
 
 def _check_loader_fields(loader: dict, name: str) -> None:
-    fields = [*LOADER_FIELDS, *inspect.signature(DataLoader).parameters]
-    for field in loader:
-        if field not in fields:
-            hint = did_you_mean(field, fields)
-            raise ValueError(f"{name} has no field {field!r}.{hint} Its fields are those of torch's DataLoader.")
+    check_fields(name, "DataLoader", loader, [*LOADER_FIELDS, *inspect.signature(DataLoader).parameters])
 
 
 def _read_choices(cfg: Config) -> dict[str, str]:
@@ -185,10 +181,9 @@ def _sources(dataset: Any, name: str) -> Iterator[Source]:
         yield from _sources(part, f"{name}.datasets[{i}]")
     if "dataset" in dataset or "datasets" in dataset:
         return
-    with DATASETS.switch_scope_and_registry(None) as registry:
-        cls = registry.get(dataset.get("type", ""))
+    cls = class_of(dataset, DATASETS)
     if cls is None:
-        raise ValueError(f"{name}: there is no dataset type {dataset.get('type')!r} in {registry.scope}.")
+        raise ValueError(f"{name}: there is no dataset type {dataset.get('type')!r}. Is it in custom_imports?")
     if isinstance(cls, type):
         yield Source(name, dataset, cls)
 

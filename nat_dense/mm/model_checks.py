@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nat_dense.checkpoints.names import URLS
-from nat_dense.mm.errors import did_you_mean
+from nat_dense.mm.fields import check_fields, class_of, fields_of
 from nat_dense.mm.pretrained import Pretrained, through_this_door
 from nat_dense.models.backbone import NeighborhoodBackbone
 
@@ -38,7 +38,8 @@ def check_model(cfg: Config, *, training: bool = True) -> tuple[nn.Module, list[
             field, parts that don't fit, or batch norm with one value per channel.
     """
     backbone = cfg.model.get("backbone", {})
-    _check_fields(backbone)
+    if cls := _class_of(backbone):
+        check_fields("model.backbone", cls.__name__, backbone, fields_of(cls) or ())
     if training:
         _check_initial_weights(cfg.model, "model")
     with torch.random.fork_rng(devices=[]):
@@ -49,19 +50,6 @@ def check_model(cfg: Config, *, training: bool = True) -> tuple[nn.Module, list[
     if training and cfg.get("train_dataloader"):
         _check_batch_norm(model, cfg.train_dataloader.get("batch_size"))
     return model, _check_dilations(cfg)
-
-
-def _check_fields(backbone: dict) -> None:
-    cls = _class_of(backbone)
-    if cls is None:
-        return
-    fields = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
-    for field in backbone:
-        if field not in fields and field != "type":
-            hint = did_you_mean(field, fields)
-            raise ValueError(
-                f"model.backbone: {cls.__name__} has no field {field!r}.{hint} Its fields: {', '.join(fields)}."
-            )
 
 
 def _check_initial_weights(node: Any, name: str) -> None:
@@ -203,8 +191,5 @@ def _check_dilations(cfg: Config) -> list[str]:
 
 def _class_of(backbone: dict) -> type[NeighborhoodBackbone] | None:
     """The class behind `type`, if it is one of ours."""
-    if not isinstance(backbone.get("type"), str):
-        return None
-    with MODELS.switch_scope_and_registry(None) as registry:
-        cls = registry.get(backbone["type"])
+    cls = class_of(backbone, MODELS)
     return cls if inspect.isclass(cls) and issubclass(cls, NeighborhoodBackbone) else None

@@ -4,22 +4,17 @@ MMEngine builds them when training starts, in a work-dir that then exists. A mis
 at the first checkpoint, when all that was trained until then is lost, and one of `paramwise_cfg` never.
 """
 
-import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.hooks import CheckpointHook
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, LOOPS, OPTIM_WRAPPERS, OPTIMIZERS, PARAM_SCHEDULERS, Registry
-from mmengine.runner import Runner
 from torch import nn
 
-from nat_dense.mm.errors import describe, did_you_mean
-
-PASSED_ON: dict[type, Callable] = {CheckpointHook: Runner.save_checkpoint}
-"""Whom classes hand the fields to that they don't name."""
+from nat_dense.mm.errors import describe
+from nat_dense.mm.fields import check_fields, class_of, fields_of
 
 CONSTRUCTORS = ("DefaultOptimWrapperConstructor", "GroupedOptimWrapperConstructor")
 PARAMWISE = (
@@ -79,8 +74,9 @@ def _check_optimizer(wrapper: dict, model: nn.Module) -> None:
     own = {"type": "OptimWrapper", **wrapper}
     _check_node("optim_wrapper", own, OPTIM_WRAPPERS, ("constructor", "paramwise_cfg"))
     _check_node("optim_wrapper.optimizer", wrapper["optimizer"], OPTIMIZERS)
-    if wrapper.get("constructor", CONSTRUCTORS[0]) in CONSTRUCTORS:
-        _check_fields("optim_wrapper.paramwise_cfg", "it", wrapper.get("paramwise_cfg") or {}, PARAMWISE)
+    constructor = wrapper.get("constructor", CONSTRUCTORS[0])
+    if constructor in CONSTRUCTORS:
+        check_fields("optim_wrapper.paramwise_cfg", constructor, wrapper.get("paramwise_cfg") or {}, PARAMWISE)
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # the constructor tells of every parameter
     try:
@@ -93,42 +89,9 @@ def _check_optimizer(wrapper: dict, model: nn.Module) -> None:
 
 def _check_node(name: str, node: dict, registry: Registry, others: Iterable[str] = ()) -> None:
     """Checks the fields of a config against the constructor of its type, where that names all that it takes."""
-    cls = node["type"]
-    if isinstance(cls, str):
-        with registry.switch_scope_and_registry(node.get("_scope_")) as scoped:
-            cls = scoped.get(cls)
+    cls = class_of(node, registry)
     if cls is None:
         raise ValueError(f"{name}.type: MMEngine has no {registry.name} {node['type']!r}. Is it in custom_imports?")
     known = fields_of(cls)
     if known is not None:
-        _check_fields(name, cls.__name__, node, (*known, *others, "type"))
-
-
-def _check_fields(name: str, owner: str, node: dict, known: Iterable[str]) -> None:
-    for field in node:
-        if field not in known and not field.startswith("_"):
-            raise ValueError(f"{name}: {owner} has no field {field!r}.{did_you_mean(field, known)}")
-
-
-def fields_of(cls: Any) -> list[str] | None:
-    """What a class can be built with, its base classes' too; None where nothing says what it makes of other names."""
-    if not inspect.isclass(cls):
-        return None
-    names: list[str] = []
-    for base in cls.__mro__[:-1]:
-        if "__init__" in vars(base):
-            found, is_open = _parameters(vars(base)["__init__"])
-            names += found
-            if not is_open:
-                return names
-    for owner, function in PASSED_ON.items():
-        if issubclass(cls, owner):
-            return names + _parameters(function)[0]
-    return names if not any("__init__" in vars(base) for base in cls.__mro__[:-1]) else None
-
-
-def _parameters(function: Callable) -> tuple[list[str], bool]:
-    """Names of a function's parameters, and whether it takes any others."""
-    parameters = inspect.signature(function).parameters.values()
-    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name != "self"]
-    return names, any(p.kind is p.VAR_KEYWORD for p in parameters)
+        check_fields(name, cls.__name__, node, (*known, *others))
