@@ -13,6 +13,9 @@ from nat_dense.mm.errors import did_you_mean
 PASSED_ON: dict[type, Callable] = {CheckpointHook: Runner.save_checkpoint}
 """Whom classes hand the fields to that they don't name."""
 
+OF_ANY_OBJECT = ("type", "_scope_")
+"""Fields of every object, which its registry takes."""
+
 
 def class_of(node: dict, registry: Registry) -> Any:
     """What the `type` of a config stands for in the active scope, or None."""
@@ -23,24 +26,33 @@ def class_of(node: dict, registry: Registry) -> Any:
         return scoped.get(found)
 
 
-def check_fields(name: str, owner: str, node: dict, known: Iterable[str]) -> None:
-    """Checks a config against all the fields that there are; those that begin with an underscore are MMEngine's.
+def check_object(name: str, node: dict, cls: Any, others: Iterable[str] = ()) -> None:
+    """Checks the fields of a config against its class, where that names all that it can be built with.
 
     Args:
         name: of the config, for the message.
-        owner: what it configures.
         node: the config.
-        known: the fields; `type` is always one.
+        cls: what its `type` stands for.
+        others: fields that are taken out before it is built.
 
     Raises:
         ValueError: another field is set.
     """
-    for field in node:
-        if field not in known and field != "type" and not field.startswith("_"):
-            fields = ", ".join(dict.fromkeys(known)) or "none"
-            raise ValueError(
-                f"{name}: {owner} has no field {field!r}.{did_you_mean(field, known)} Its fields: {fields}."
-            )
+    known = fields_of(cls)
+    if known is not None:
+        check_fields(name, cls.__name__, [field for field in node if field not in OF_ANY_OBJECT], [*known, *others])
+
+
+def check_fields(name: str, owner: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Checks the fields of `owner` that a config of this name gives against those that there are.
+
+    Raises:
+        ValueError: one is none of them.
+    """
+    for field in given:
+        if field not in known:
+            hint, fields = did_you_mean(field, known), ", ".join(dict.fromkeys(known)) or "none"
+            raise ValueError(f"{name}: {owner} has no field {field!r}.{hint} Its fields: {fields}.")
 
 
 def fields_of(cls: Any) -> list[str] | None:

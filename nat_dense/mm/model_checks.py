@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nat_dense.checkpoints.names import URLS
-from nat_dense.mm.fields import check_fields, class_of, fields_of
+from nat_dense.mm.fields import check_object, class_of
 from nat_dense.mm.pretrained import Pretrained, through_this_door
 from nat_dense.models.backbone import NeighborhoodBackbone
 
@@ -39,7 +39,7 @@ def check_model(cfg: Config, *, training: bool = True) -> tuple[nn.Module, list[
     """
     backbone = cfg.model.get("backbone", {})
     if cls := _class_of(backbone):
-        check_fields("model.backbone", cls.__name__, backbone, fields_of(cls) or ())
+        check_object("model.backbone", backbone, cls)
     if training:
         _check_initial_weights(cfg.model, "model")
     with torch.random.fork_rng(devices=[]):

@@ -14,7 +14,7 @@ from mmengine.registry import HOOKS, LOOPS, OPTIM_WRAPPERS, OPTIMIZERS, PARAM_SC
 from torch import nn
 
 from nat_dense.mm.errors import describe
-from nat_dense.mm.fields import check_fields, class_of, fields_of
+from nat_dense.mm.fields import check_fields, check_object, class_of
 
 CONSTRUCTORS = ("DefaultOptimWrapperConstructor", "GroupedOptimWrapperConstructor")
 PARAMWISE = (
@@ -88,10 +88,8 @@ def _check_optimizer(wrapper: dict, model: nn.Module) -> None:
 
 
 def _check_node(name: str, node: dict, registry: Registry, others: Iterable[str] = ()) -> None:
-    """Checks the fields of a config against the constructor of its type, where that names all that it takes."""
+    """Checks the type and the fields of a config."""
     cls = class_of(node, registry)
     if cls is None:
         raise ValueError(f"{name}.type: MMEngine has no {registry.name} {node['type']!r}. Is it in custom_imports?")
-    known = fields_of(cls)
-    if known is not None:
-        check_fields(name, cls.__name__, node, (*known, *others))
+    check_object(name, node, cls, others)

@@ -258,7 +258,8 @@ def test_images_of_one_name_where_files_are_named_after_them(ade, option):
 def test_misspelt_field_of_a_loader(coco):
     cfg, _ = coco
     cfg.train_dataloader.batchsize = 2
-    assert "DataLoader has no field 'batchsize'. Did you mean 'batch_size'?" in message(ValueError, cfg)
+    found = message(ValueError, cfg)
+    assert "train_dataloader: DataLoader has no field 'batchsize'. Did you mean 'batch_size'?" in found
 
 
 def test_images_that_are_looked_up_only(coco):
