@@ -14,52 +14,48 @@ class Backward {
   using T = typename V::scalar;
 
  public:
-  Backward(const Call& call, const Item& item, const Item* next, const Partial& partial, Arena& arena)
+  Backward(const Call& call, const Item& item, const Partial& partial, Arena& arena)
       : call_(call),
         item_(item),
-        next_(next),
         partial_(partial),
         window_(call.rows.kernel * call.columns.kernel),
         slots_(call.rows.kernel + V::kRows - 1),
         key_step_(call.key_stride),
         query_step_(call.query_stride),
+        channels_(round_up(call.dim, V::kLanes)),
         bias_(call, item.head),
         keys_(arena, slots_, call.dim * key_step_),
         values_(arena, slots_, call.dim * key_step_),
-        grad_keys_(arena, slots_, call.dim * key_step_),
-        grad_values_(arena, slots_, call.dim * key_step_),
         query_(arena, V::kRows, call.dim * query_step_),
         grad_out_(arena, V::kRows, call.dim * query_step_),
+        key_tokens_(arena, slots_, channels_ * key_step_),
+        grad_keys_(arena, slots_, channels_ * key_step_),
+        grad_values_(arena, slots_, channels_ * key_step_),
+        query_tokens_(arena, V::kRows, channels_ * query_step_),
+        grad_out_tokens_(arena, V::kRows, channels_ * query_step_),
         weight_(arena, V::kRows, window_ * query_step_),
         grad_logit_(arena, V::kRows, window_ * query_step_),
-        grad_query_(arena.take<T>(V::kRows * call.dim * V::kLanes)),
-        gathered_weight_(arena.take<T>(V::kRows * most_viewers(call) * V::kLanes)),
-        gathered_grad_(arena.take<T>(V::kRows * most_viewers(call) * V::kLanes)),
+        padded_(arena.take<T>(V::kRows * V::kLanes)),
         pad_sums_(arena.take<T>(2 * call.dim * V::kLanes)),
         bias_sums_(arena.take<T>(most_tiles(call) * bias_rows() * call.columns.kernel * V::kLanes)) {}
 
   static int64_t scratch(const Call& call) {
     Arena arena(nullptr);
-    Backward measure(call, Item{}, nullptr, Partial{}, arena);
+    Backward measure(call, Item{}, Partial{}, arena);
     return arena.used();
   }
 
-  static void run(const Call& call, const Item& item, const Item* next, const Partial& partial, void* memory) {
+  static void run(const Call& call, const Item& item, const Partial& partial, void* memory) {
     Arena arena(memory);
-    Backward pass(call, item, next, partial, arena);
-    for (int64_t i = 0; i < call.segment_count; ++i) pass.run(call.segments[i]);
+    Backward pass(call, item, partial, arena);
+    for (int64_t i = 0; i < call.segment_count; ++i) {
+      const Segment& segment = call.segments[i];
+      const int64_t* begun = i ? (&segment)[-1].key_column + (&segment)[-1].key_count : segment.key_column;
+      pass.run(segment, begun - segment.key_column);
+    }
   }
 
  private:
-  static int64_t most_viewers(const Call& call) {
-    int64_t most = 1;
-    for (int64_t i = 0; i < call.segment_count; ++i) {
-      for (int64_t t = 0; t < call.segments[i].key_tile_count; ++t) {
-        most = max_of(most, call.segments[i].key_tiles[t].columns);
-      }
-    }
-    return most;
-  }
   static int64_t most_tiles(const Call& call) {
     int64_t most = 0;
     for (int64_t i = 0; i < call.segment_count; ++i) most = max_of(most, call.segments[i].tile_count);
@@ -68,91 +64,56 @@ class Backward {
   int64_t bias_rows() const { return 2 * call_.rows.kernel - 1; }
   bool owns(int64_t place) const { return item_.begin <= place && place < item_.end; }
 
-  void run(const Segment& segment) {
+  // The first `begun` keys were those of the last segment as well.
+  void run(const Segment& segment, int64_t begun) {
     const Axis& rows = call_.rows;
     const int64_t group = item_.group;
     clear(bias_sums_, segment.tile_count * (call_.needs_grad_bias ? bias_rows() * call_.columns.kernel * V::kLanes : 0));
     if (call_.pad_key) clear(pad_sums_, 2 * call_.dim * V::kLanes);
-    int64_t begin, end;
-    query_rows(item_, &begin, &end);
+    // Query rows that see a row of this item, or are one.
+    int64_t begin = item_.begin, end = item_.end;
+    while (begin > 0 && window_start(rows, group, begin - 1) + rows.kernel > item_.begin) --begin;
+    while (end < real_members(rows, group) && window_start(rows, group, end) < item_.end) ++end;
     int64_t finished = window_start(rows, group, begin), packed = finished;
     for (int64_t i = begin; i < end; i += V::kRows) {
       const RowBlock block(rows, group, i, end, V::kRows);
-      for (; finished < block.low; ++finished) flush(segment, finished);
+      for (; finished < block.low; ++finished) flush(segment, finished, begun);
       for (; packed < block.high; ++packed) {
-        pack_row<S>(call_.key, packed, segment.key_column, segment.key_count, T(1), keys_.at(packed), key_step_);
-        pack_row<S>(call_.value, packed, segment.key_column, segment.key_count, T(1), values_.at(packed), key_step_);
-        clear(grad_keys_.at(packed), call_.dim * key_step_);
-        clear(grad_values_.at(packed), call_.dim * key_step_);
+        const auto key = keys<const S>(call_.key, packed, segment);
+        pack<V>(key, T(1), keys_.at(packed), key_step_);
+        copy<V>(key, key_tokens_.at(packed), channels_);
+        pack<V>(keys<const S>(call_.value, packed, segment), T(1), values_.at(packed), key_step_);
+        clear(grad_keys_.at(packed), segment.key_count * channels_);
+        clear(grad_values_.at(packed), segment.key_count * channels_);
       }
       for (int r = 0; r < block.count; ++r) {
-        const T factor = T(call_.scale * kLog2E);
-        pack_row<S>(call_.query, i + r, segment.query_column, segment.query_count, factor, query_.at(r), query_step_);
-        pack_row<S>(call_.grad_out, i + r, segment.query_column, segment.query_count, T(1), grad_out_.at(r), query_step_);
+        const auto query = queries<const S>(call_.query, i + r, segment);
+        const auto grad_out = queries<const S>(call_.grad_out, i + r, segment);
+        pack<V>(query, T(call_.scale * kLog2E), query_.at(r), query_step_);
+        copy<V>(query, query_tokens_.at(r), channels_);
+        pack<V>(grad_out, T(1), grad_out_.at(r), query_step_);
+        copy<V>(grad_out, grad_out_tokens_.at(r), channels_);
       }
-      look_ahead(segment, block, end);
       for (int64_t t = 0; t < segment.tile_count; ++t) differentiate(block, segment, t);
-      for (int64_t t = 0; t < segment.key_tile_count; ++t) {
-        for (int r = 0; r < block.count; ++r) scatter(block, segment, segment.key_tiles[t], r);
+      for (int64_t key = 0; key < segment.key_count; key += kKeysAtOnce) {
+        for (int r = 0; r < block.count; ++r) scatter_row(block, segment, r, key);
       }
     }
-    for (; finished < packed; ++finished) flush(segment, finished);
+    for (; finished < packed; ++finished) flush(segment, finished, begun);
     add_partials(segment);
-  }
-
-  // Query rows that see a row of this item, or are one.
-  void query_rows(const Item& item, int64_t* begin, int64_t* end) const {
-    const Axis& rows = call_.rows;
-    *begin = item.begin, *end = item.end;
-    while (*begin > 0 && window_start(rows, item.group, *begin - 1) + rows.kernel > item.begin) --*begin;
-    while (*end < real_members(rows, item.group) && window_start(rows, item.group, *end) < item.end) ++*end;
-  }
-
-  // The tokens that the next block packs and the gradients that it finishes: in this segment, the next, or the next
-  // item's first.
-  void look_ahead(const Segment& segment, const RowBlock& block, int64_t end) {
-    ahead_.start(segment.tile_count * 3 * (block.high - block.low));
-    const Segment* last = call_.segments + call_.segment_count - 1;
-    const int64_t following = block.begin + block.count;
-    if (following < end) {
-      const RowBlock next(call_.rows, item_.group, following, end, V::kRows);
-      look_ahead(item_, segment, next, block.high);
-      for (int64_t place = max_of(block.low, item_.begin); place < min_of(next.low, item_.end); ++place) {
-        add_ahead(call_.grad_key, sizeof(T), item_, place, segment.key_column, segment.key_count);
-        add_ahead(call_.grad_value, sizeof(T), item_, place, segment.key_column, segment.key_count);
-      }
-    } else if (&segment < last || next_) {
-      const Item& item = &segment < last ? item_ : *next_;
-      int64_t next_begin, next_end;
-      query_rows(item, &next_begin, &next_end);
-      look_ahead(item, &segment < last ? *(&segment + 1) : call_.segments[0],
-                 RowBlock(call_.rows, item.group, next_begin, next_end, V::kRows), 0);
-    }
-  }
-
-  void look_ahead(const Item& item, const Segment& segment, const RowBlock& block, int64_t packed) {
-    for (int64_t place = max_of(packed, block.low); place < block.high; ++place) {
-      add_ahead(call_.key, sizeof(S), item, place, segment.key_column, segment.key_count);
-      add_ahead(call_.value, sizeof(S), item, place, segment.key_column, segment.key_count);
-    }
-    for (int r = 0; r < block.count; ++r) {
-      add_ahead(call_.query, sizeof(S), item, block.begin + r, segment.query_column, segment.query_count);
-      add_ahead(call_.grad_out, sizeof(S), item, block.begin + r, segment.query_column, segment.query_count);
-    }
-  }
-
-  void add_ahead(const Map& map, int64_t size, const Item& item, int64_t place, const int64_t* columns, int64_t count) {
-    ahead_.add(map, size, item.batch, token_of(call_.rows, item.group, place), item.head, columns, count);
   }
 
   static void clear(T* p, int64_t count) {
     for (int64_t i = 0; i < count; ++i) p[i] = T(0);
   }
 
-  template <class From>
-  void pack_row(const Map& map, int64_t place, const int64_t* columns, int64_t count, T factor, T* out, int64_t step) {
-    const From* row = row_of<const From>(map, item_.batch, token_of(call_.rows, item_.group, place), item_.head);
-    pack<V>(row, map.column, columns, count, call_.dim, factor, out, step);
+  template <class Stored>
+  Tokens<Stored> keys(const Map& map, int64_t place, const Segment& segment) const {
+    return tokens_of<Stored>(call_, item_, map, place, segment.key_column, segment.key_count);
+  }
+  template <class Stored>
+  Tokens<Stored> queries(const Map& map, int64_t place, const Segment& segment) const {
+    return tokens_of<Stored>(call_, item_, map, place, segment.query_column, segment.query_count);
   }
 
   // Weights and logit gradients of a tile, kept for `scatter`; and the gradient of its queries.
@@ -163,19 +124,26 @@ class Backward {
     T* grad = grad_logit_.data + tile.first;
     const T* query = query_.data + tile.first;
     const T* grad_out = grad_out_.data + tile.first;
-    score<V>(block, tile, query, query_.row, query_step_, keys_, key_step_, dim, &bias_, weight, weight_.row, query_step_, kernel_columns, ahead_, dim * sizeof(S));
-    score<V>(block, tile, grad_out, grad_out_.row, query_step_, values_, key_step_, dim, nullptr, grad, grad_logit_.row, query_step_, kernel_columns, ahead_, dim * sizeof(S));
+    score<V>(block, tile, query, query_.row, query_step_, keys_, key_step_, dim, &bias_, weight, weight_.row,
+             query_step_, kernel_columns);
+    score<V>(block, tile, grad_out, grad_out_.row, query_step_, values_, key_step_, dim, nullptr, grad, grad_logit_.row,
+             query_step_, kernel_columns);
     for (int r = 0; r < block.count; ++r) softmax_gradient(block, segment, t, r);
-    gather<V>(block, tile, grad, grad_logit_.row, query_step_, keys_, key_step_, dim, grad_query_, dim * V::kLanes, kernel_columns, ahead_, dim * sizeof(S));
+    S* out[V::kRows][V::kLanes] = {};
     for (int r = 0; r < block.count; ++r) {
-      if (!owns(block.begin + r)) continue;
-      unpack<V, false>(grad_query_ + r * dim * V::kLanes, V::kLanes, V::broadcast(T(call_.scale)), dim, query_row(block, r),
-                       call_.grad_query.column, segment.query_column + tile.first, tile.lanes);
+      const auto row = queries<S>(call_.grad_query, block.begin + r, segment);
+      for (int i = 0; i < tile.lanes && owns(block.begin + r); ++i) row.fetch(out[r][i] = row.at(tile.first + i), dim);
     }
-  }
-
-  S* query_row(const RowBlock& block, int r) const {
-    return row_of<S>(call_.grad_query, item_.batch, token_of(call_.rows, item_.group, block.begin + r), item_.head);
+    const T* pad_key = call_.pad_key ? static_cast<const T*>(call_.pad_key) + item_.head * dim : nullptr;
+    const V scale = V::broadcast(T(call_.scale));
+    const Gather<V> gather(call_, block, tile, grad, grad_logit_.row, query_step_, key_tokens_, channels_);
+    gather.run(
+        [&](int r, int lane, int64_t d) NAT_DENSE_INLINE_LAMBDA {
+          return pad_key ? V::broadcast(padded_[r * V::kLanes + lane]) * V::load_part(pad_key + d, dim - d) : V::zero();
+        },
+        [&](int r, int lane, int64_t d, V sum) NAT_DENSE_INLINE_LAMBDA {
+          if (out[r][lane]) (sum * scale).store_part(out[r][lane] + d, dim - d);
+        });
   }
 
   void softmax_gradient(const RowBlock& block, const Segment& segment, int64_t t, int r) {
@@ -199,7 +167,7 @@ class Backward {
       total = total + row_total;
       delta = delta + row_delta;
     }
-    delta = delta * reciprocal(total);  // 1 but for the rounding of lse, which would not cancel below
+    delta = delta / total;  // 1 but for the rounding of lse, which would not cancel below
     for (int64_t i = 0; i < window_; ++i) {
       (V::load(weight + i * step) * (V::load(grad + i * step) - delta)).store(grad + i * step);
     }
@@ -209,12 +177,7 @@ class Backward {
         (V::load(sums + i * V::kLanes) + V::load(grad + i * step)).store(sums + i * V::kLanes);
       }
     }
-    T* grad_query = grad_query_ + r * call_.dim * V::kLanes;
-    if (call_.pad_key) {
-      take_pads(pads, r, weight, grad, grad_query, owned);
-    } else {
-      clear(grad_query, call_.dim * V::kLanes);
-    }
+    if (call_.pad_key) take_pads(pads, r, weight, grad, owned);
   }
 
   void fill_pads(const RowBlock& block, const PadWindow<V>& pads, int r, T* weight, T* grad) {
@@ -230,16 +193,15 @@ class Backward {
     pads.fill(grad, query_step_, V::zero());
   }
 
-  // Moves what the padded keys get into their sums, and what they give into the query's gradient.
-  void take_pads(const PadWindow<V>& pads, int r, T* weight, T* grad, T* grad_query, bool owned) {
+  // Moves what the padded keys get into their sums, and keeps what they give to the query's gradient.
+  void take_pads(const PadWindow<V>& pads, int r, T* weight, T* grad, bool owned) {
     const int64_t dim = call_.dim, first = pads.tile.first;
-    const T* key = static_cast<const T*>(call_.pad_key) + item_.head * dim;
     T lanes[2][V::kLanes];
     const V grad_logit = pads.take(grad, query_step_);
+    grad_logit.store(padded_ + r * V::kLanes);
     grad_logit.store(lanes[0]);
     pads.take(weight, query_step_).store(lanes[1]);
     for (int i = pads.tile.lanes; i < V::kLanes; ++i) lanes[0][i] = lanes[1][i] = T(0);
-    for (int64_t d = 0; d < dim; ++d) (grad_logit * V::broadcast(key[d])).store(grad_query + d * V::kLanes);
     if (!owned) return;
     for (int64_t d = 0; d < dim; ++d) {
       for (int i = 0; i < pads.tile.lanes; ++i) {
@@ -259,61 +221,36 @@ class Backward {
     return V::load(lanes);
   }
 
-  // What query row r gives to the gradients of the keys and values of a key tile, in the rows that it sees.
-  void scatter(const RowBlock& block, const Segment& segment, const KeyTile& tile, int r) {
-    const int64_t kernel_columns = call_.columns.kernel, low = block.start(r);
-    const int64_t begin = max_of(low, item_.begin), end = min_of(low + block.limit(r), item_.end);
-    for (int64_t place = begin; place < end; place += V::kRows) {
-      const int count = static_cast<int>(min_of(V::kRows, end - place));
-      Mix<V> values, keys;
-      for (int i = 0; i < count; ++i) {
-        const int64_t window_row = (place + i - low) * kernel_columns * query_step_;
-        const T* weight = weight_.at(r) + window_row;
-        const T* grad = grad_logit_.at(r) + window_row;
-        if (tile.straight) {
-          const int64_t offset = (kernel_columns - 1) * query_step_ + tile.query;
-          values.weight[i] = weight + offset;
-          keys.weight[i] = grad + offset;
-        } else {
-          values.weight[i] = gather_weights(tile, weight, gathered_weight_ + i * tile.columns * V::kLanes);
-          keys.weight[i] = gather_weights(tile, grad, gathered_grad_ + i * tile.columns * V::kLanes);
-        }
-        values.out[i] = grad_values_.at(place + i) + tile.first;
-        keys.out[i] = grad_keys_.at(place + i) + tile.first;
+  // What query row r gives to the gradients of a run of keys and values, in the rows that it sees.
+  void scatter_row(const RowBlock& block, const Segment& segment, int r, int64_t key) {
+    const int64_t low = block.start(r), begin = max_of(low, item_.begin), end = min_of(low + block.limit(r), item_.end);
+    const int64_t window_row = call_.columns.kernel * query_step_;
+    Scatter<V> values, keys;
+    values.viewers = keys.viewers = segment.viewers + key;
+    values.keys = keys.keys = min_of(kKeysAtOnce, segment.key_count - key);
+    values.weight_row = keys.weight_row = window_row;
+    values.step = keys.step = channels_;
+    values.y = grad_out_tokens_.at(r);
+    keys.y = query_tokens_.at(r);
+    for (int64_t place = begin; place < end;) {
+      const int count = static_cast<int>(ceil_div(end - place, ceil_div(end - place, V::kKeyRows)));
+      values.weight = weight_.at(r) + (place - low) * window_row;
+      keys.weight = grad_logit_.at(r) + (place - low) * window_row;
+      for (int i = 0; i < count; ++i, ++place) {
+        values.out[i] = grad_values_.at(place) + key * channels_;
+        keys.out[i] = grad_keys_.at(place) + key * channels_;
       }
-      add(tile, grad_out_.at(r), count, &values);
-      add(tile, query_.at(r), count, &keys);
+      scatter(values, count);
+      scatter(keys, count);
     }
   }
 
-  void add(const KeyTile& tile, const T* row, int count, Mix<V>* a) {
-    a->weight_step = tile.straight ? 1 - query_step_ : V::kLanes;
-    a->y = row + tile.query;
-    a->y_step = query_step_;
-    a->out_step = key_step_;
-    a->dim = call_.dim;
-    a->index = tile.straight ? nullptr : tile.index;
-    mix(*a, count, tile.columns);
-  }
-
-  static const T* gather_weights(const KeyTile& tile, const T* weight, T* out) {
-    for (int i = 0; i < tile.columns * V::kLanes; i += V::kLanes) V::gather(weight, tile.weight + i).store(out + i);
-    return out;
-  }
-
-  // Adds a finished row of key and value gradients to the caller's.
-  void flush(const Segment& segment, int64_t place) {
+  // Gives a finished row of key and value gradients to the caller.
+  void flush(const Segment& segment, int64_t place, int64_t begun) {
     if (!owns(place)) return;
-    const int64_t token_row = token_of(call_.rows, item_.group, place);
-    T* key_row = row_of<T>(call_.grad_key, item_.batch, token_row, item_.head);
-    T* value_row = row_of<T>(call_.grad_value, item_.batch, token_row, item_.head);
-    for (int64_t p = 0; p < segment.key_count; p += V::kLanes) {
-      const int64_t count = min_of(V::kLanes, segment.key_count - p);
-      const int64_t* columns = segment.key_column + p;
-      // The packed query carries log2(e), which its product with a gradient must lose.
-      unpack<V, true>(grad_keys_.at(place) + p, key_step_, V::broadcast(T(kLn2)), call_.dim, key_row, call_.grad_key.column, columns, count);
-      unpack<V, true>(grad_values_.at(place) + p, key_step_, V::broadcast(T(1)), call_.dim, value_row, call_.grad_value.column, columns, count);
-    }
+    const T scale = T(call_.scale);
+    put<V>(grad_keys_.at(place), channels_, scale, keys<T>(call_.grad_key, place, segment), begun);
+    put<V>(grad_values_.at(place), channels_, T(1), keys<T>(call_.grad_value, place, segment), begun);
   }
 
   void add_partials(const Segment& segment) {
@@ -338,21 +275,21 @@ class Backward {
     }
   }
 
+  static constexpr int64_t kKeysAtOnce = 16;  // their gradients stay in the first-level cache from row to row
+
   const Call& call_;
   const Item& item_;
-  const Item* const next_;
   const Partial& partial_;
-  Ahead ahead_;
-  const int64_t window_, slots_, key_step_, query_step_;
+  const int64_t window_, slots_, key_step_, query_step_, channels_;
   const Bias<V> bias_;
-  const Ring<T> keys_, values_, grad_keys_, grad_values_;  // by place, [dim][key positions]
+  const Ring<T> keys_, values_;                            // by place, [dim][key positions]
   const Ring<T> query_, grad_out_;                         // by query row of the block, [dim][query positions]
+  const Ring<T> key_tokens_, grad_keys_, grad_values_;     // by place, [key positions][channels]
+  const Ring<T> query_tokens_, grad_out_tokens_;           // by query row of the block, [query positions][channels]
   const Ring<T> weight_, grad_logit_;                      // by query row of the block, [window][query positions]
-  T* const grad_query_;       // [rows][dim][lanes]
-  T* const gathered_weight_;  // [rows][columns][lanes]
-  T* const gathered_grad_;
-  T* const pad_sums_;         // [key, value][dim][lanes]
-  T* const bias_sums_;        // [tiles][bias rows][window columns][lanes]
+  T* const padded_;     // [rows][lanes]: the gradient of the padded keys' logits
+  T* const pad_sums_;   // [key, value][dim][lanes]
+  T* const bias_sums_;  // [tiles][bias rows][window columns][lanes]
 };
 
 }  // namespace

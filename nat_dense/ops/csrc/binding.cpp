@@ -6,16 +6,13 @@
 #include <ATen/Version.h>
 #include <torch/library.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <memory>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "memory.h"
 #include "plan.h"
 #include "problem.h"
 
@@ -112,7 +109,7 @@ class Problem {
   void plan_columns(bool backward) {
     const int64_t element = accumulation == at::kDouble ? 8 : 4, ring = call.rows.kernel + kernels.rows - 1;
     int64_t column = 2 * ring * call.dim * element;  // bytes of packed rows per column
-    if (backward) column = 2 * column + 2 * kernels.rows * (call.dim + call.rows.kernel * call.columns.kernel) * element;
+    if (backward) column = 5 * column / 2 + 2 * kernels.rows * (2 * call.dim + call.rows.kernel * call.columns.kernel) * element;
     const int64_t width = (backward ? kBackwardCache : kForwardCache) / column;
     plan_ = std::make_unique<Plan>(call.columns, kernels.lanes, kernels.slots,
                                    max_of(round_up(width, kernels.lanes), 2 * kernels.lanes));
@@ -122,20 +119,6 @@ class Problem {
   std::vector<Tensor> kept_;
   std::unique_ptr<Plan> plan_;
 };
-
-// Asks for huge pages under a large tensor that nobody has written to yet. malloc gives blocks of this size back to the
-// kernel after use: mapping the next one 4 KiB at a time takes longer than computing what goes in.
-Tensor& on_huge_pages(Tensor& t) {
-#if defined(__linux__)
-  constexpr size_t kLarge = 32 << 20, kHugePage = 2 << 20;
-  if (t.nbytes() > kLarge) {
-    const auto begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-    const uintptr_t first = round_up(begin, kHugePage), last = (begin + t.nbytes()) / kHugePage * kHugePage;
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: what it returns doesn't matter
-  }
-#endif
-  return t;
-}
 
 // Runs of query rows out of [first, last): whole row groups where there are enough of them for all threads.
 std::vector<Item> items_of(const Call& call, int64_t segments, int64_t first, int64_t last) {
@@ -165,7 +148,7 @@ template <class F>
 void each_item(const std::vector<Item>& items, int64_t scratch, F&& f) {
   at::parallel_for(0, static_cast<int64_t>(items.size()), 1, [&](int64_t begin, int64_t end) {
     const Tensor memory = at::empty({scratch}, at::kByte);
-    for (int64_t i = begin; i < end; ++i) f(items[i], i + 1 < end ? &items[i + 1] : nullptr, memory.mutable_data_ptr());
+    for (int64_t i = begin; i < end; ++i) f(items[i], memory.mutable_data_ptr());
   });
 }
 
@@ -175,13 +158,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
                                    int64_t first, int64_t last, std::string isa) {
   Problem problem(query, key, value, rpb, pad_key, pad_value, kernel_size, dilation, scale, isa, false);
   TORCH_CHECK(0 <= first && first <= last && last <= query.size(1), "no rows [", first, ", ", last, ") in the map");
-  Tensor out = at::empty(query.sizes(), problem.type);
+  Tensor out = empty(query.sizes(), problem.type);
   Tensor lse = at::empty(query.sizes().slice(0, 4), problem.accumulation);
-  problem.call.out = map_of(on_huge_pages(out));
+  problem.call.out = map_of(out);
   problem.call.lse = lse.mutable_data_ptr();
   const Call& call = problem.call;
   each_item(items_of(call, call.segment_count, first, last), problem.kernels.forward_scratch(call),
-            [&](const Item& item, const Item* next, void* memory) { problem.kernels.forward(call, item, next, memory); });
+            [&](const Item& item, void* memory) { problem.kernels.forward(call, item, memory); });
   return {out.to(query.scalar_type()), lse};
 }
 
@@ -189,8 +172,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
 Tensor packed_like(const Tensor& query, int64_t parts, at::ScalarType type) {
   std::vector<int64_t> sizes = query.sizes().vec();
   sizes.insert(sizes.begin() + 3, parts);
-  Tensor t = at::empty(sizes, type);
-  return on_huge_pages(t);
+  return empty(sizes, type);
 }
 
 // One thread's sums, and their total over threads in the order of the threads.
@@ -220,7 +202,6 @@ std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& query, const 
   // Keys and values sum over many queries; a narrow type gets their sums when they are complete.
   const bool separate = problem.type != problem.accumulation;
   Tensor sums = separate ? packed_like(query, 2, problem.accumulation) : grad_kv;
-  sums.zero_();
   Call& call = problem.call;
   call.grad_out = problem.input(grad_out);
   call.lse = const_cast<void*>(logsumexp.const_data_ptr());
@@ -229,8 +210,8 @@ std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& query, const 
   call.grad_value = map_of(sums.select(3, 1));
   call.needs_grad_bias = rpb.has_value();
   Partials partials(call);
-  each_item(items_of(call, 1, 0, call.rows.length), problem.kernels.backward_scratch(call), [&](const Item& item, const Item* next, void* memory) {
-    problem.kernels.backward(call, item, next, partials.of_thread(), memory);
+  each_item(items_of(call, 1, 0, call.rows.length), problem.kernels.backward_scratch(call), [&](const Item& item, void* memory) {
+    problem.kernels.backward(call, item, partials.of_thread(), memory);
   });
   if (separate) grad_kv.copy_(sums);
   std::vector<Tensor> gradients = {grad_qkv.to(query.scalar_type())};

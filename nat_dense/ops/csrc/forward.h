@@ -11,30 +11,31 @@ class Forward {
   using T = typename V::scalar;
 
  public:
-  Forward(const Call& call, const Item& item, const Item* next, Arena& arena)
+  Forward(const Call& call, const Item& item, Arena& arena)
       : call_(call),
         item_(item),
-        next_(next),
         segment_(call.segments[item.segment]),
         window_(call.rows.kernel * call.columns.kernel),
         key_step_(call.key_stride),
         query_step_(call.query_stride),
+        channels_(round_up(call.dim, V::kLanes)),
         bias_(call, item.head),
         keys_(arena, call.rows.kernel + V::kRows - 1, call.dim * key_step_),
-        values_(arena, call.rows.kernel + V::kRows - 1, call.dim * key_step_),
+        values_(arena, call.rows.kernel + V::kRows - 1, channels_ * key_step_),
         query_(arena, V::kRows, call.dim * query_step_),
         weight_(arena.take<T>(V::kRows * window_ * V::kLanes)),
-        out_(arena.take<T>(V::kRows * call.dim * V::kLanes)) {}
+        factor_(arena.take<T>(V::kRows * V::kLanes)),
+        padded_(arena.take<T>(V::kRows * V::kLanes)) {}
 
   static int64_t scratch(const Call& call) {
     Arena arena(nullptr);
-    Forward measure(call, Item{}, nullptr, arena);
+    Forward measure(call, Item{}, arena);
     return arena.used();
   }
 
-  static void run(const Call& call, const Item& item, const Item* next, void* memory) {
+  static void run(const Call& call, const Item& item, void* memory) {
     Arena arena(memory);
-    Forward(call, item, next, arena).run();
+    Forward(call, item, arena).run();
   }
 
  private:
@@ -43,68 +44,51 @@ class Forward {
     for (int64_t i = item_.begin; i < item_.end; i += V::kRows) {
       const RowBlock block(call_.rows, item_.group, i, item_.end, V::kRows);
       for (packed = max_of(packed, block.low); packed < block.high; ++packed) {
-        pack_row(call_.key, packed, segment_.key_column, segment_.key_count, T(1), keys_.at(packed), key_step_);
-        pack_row(call_.value, packed, segment_.key_column, segment_.key_count, T(1), values_.at(packed), key_step_);
+        pack<V>(keys(call_.key, packed), T(1), keys_.at(packed), key_step_);
+        copy<V>(keys(call_.value, packed), values_.at(packed), channels_);
       }
       for (int r = 0; r < block.count; ++r) {
-        const T factor = T(call_.scale * kLog2E);
-        pack_row(call_.query, i + r, segment_.query_column, segment_.query_count, factor, query_.at(r), query_step_);
+        pack<V>(queries<const S>(call_.query, i + r), T(call_.scale * kLog2E), query_.at(r), query_step_);
       }
-      look_ahead(block);
       for (int64_t t = 0; t < segment_.tile_count; ++t) attend(block, segment_.tiles[t]);
     }
   }
 
-  // The tokens that the next block packs: here, or at the start of the next item.
-  void look_ahead(const RowBlock& block) {
-    ahead_.start(segment_.tile_count * 2 * (block.high - block.low));
-    const int64_t begin = block.begin + block.count;
-    if (begin < item_.end) {
-      look_ahead(item_, RowBlock(call_.rows, item_.group, begin, item_.end, V::kRows), block.high);
-    } else if (next_) {
-      look_ahead(*next_, RowBlock(call_.rows, next_->group, next_->begin, next_->end, V::kRows), 0);
-    }
+  Tokens<const S> keys(const Map& map, int64_t place) const {
+    return tokens_of<const S>(call_, item_, map, place, segment_.key_column, segment_.key_count);
   }
-
-  void look_ahead(const Item& item, const RowBlock& block, int64_t packed) {
-    const Segment& segment = call_.segments[item.segment];
-    const auto add = [&](const Map& map, int64_t place, const int64_t* columns, int64_t count) {
-      ahead_.add(map, sizeof(S), item.batch, token_of(call_.rows, item.group, place), item.head, columns, count);
-    };
-    for (int64_t place = max_of(packed, block.low); place < block.high; ++place) {
-      add(call_.key, place, segment.key_column, segment.key_count);
-      add(call_.value, place, segment.key_column, segment.key_count);
-    }
-    for (int r = 0; r < block.count; ++r) {
-      add(call_.query, block.begin + r, segment.query_column, segment.query_count);
-    }
-  }
-
-  void pack_row(const Map& map, int64_t place, const int64_t* columns, int64_t count, T factor, T* out, int64_t step) {
-    const S* row = row_of<const S>(map, item_.batch, token_of(call_.rows, item_.group, place), item_.head);
-    pack<V>(row, map.column, columns, count, call_.dim, factor, out, step);
+  template <class Stored>
+  Tokens<Stored> queries(const Map& map, int64_t place) const {
+    return tokens_of<Stored>(call_, item_, map, place, segment_.query_column, segment_.query_count);
   }
 
   void attend(const RowBlock& block, const Tile& tile) {
     const int64_t dim = call_.dim, lanes = V::kLanes, kernel_columns = call_.columns.kernel;
-    const int64_t* columns = segment_.query_column + tile.first;
-    score<V>(block, tile, query_.data + tile.first, query_.row, query_step_, keys_, key_step_, dim, &bias_, weight_,
-             window_ * lanes, lanes, kernel_columns, ahead_, dim * sizeof(S));
-    V sums[V::kRows], lse[V::kRows];
-    for (int r = 0; r < block.count; ++r) softmax(block, tile, r, &sums[r], &lse[r]);
-    gather<V>(block, tile, weight_, window_ * lanes, lanes, values_, key_step_, dim, out_, dim * lanes, kernel_columns, ahead_, dim * sizeof(S));
+    S* out[V::kRows][V::kLanes];
     for (int r = 0; r < block.count; ++r) {
-      unpack<V, false>(out_ + r * dim * lanes, lanes, reciprocal(sums[r]), dim, out_row(block, r), call_.out.column,
-                       columns, tile.lanes);
-      store_lse(token_row(block, r), columns, tile.lanes, lse[r]);
+      const auto row = queries<S>(call_.out, block.begin + r);
+      for (int i = 0; i < tile.lanes; ++i) row.fetch(out[r][i] = row.at(tile.first + i), dim);
     }
+    score<V>(block, tile, query_.data + tile.first, query_.row, query_step_, keys_, key_step_, dim, &bias_, weight_,
+             window_ * lanes, lanes, kernel_columns);
+    for (int r = 0; r < block.count; ++r) {
+      store_lse(block.begin + r, tile, softmax(block, tile, r));
+    }
+    const T* pad_value = call_.pad_key ? static_cast<const T*>(call_.pad_value) + item_.head * dim : nullptr;
+    const Gather<V> gather(call_, block, tile, weight_, window_ * lanes, lanes, values_, channels_);
+    gather.run(
+        [&](int r, int lane, int64_t d) NAT_DENSE_INLINE_LAMBDA {
+          return pad_value ? V::broadcast(padded_[r * lanes + lane]) * V::load_part(pad_value + d, dim - d) : V::zero();
+        },
+        [&](int r, int lane, int64_t d, V sum) NAT_DENSE_INLINE_LAMBDA {
+          (sum * V::broadcast(factor_[r * lanes + lane])).store_part(out[r][lane] + d, dim - d);
+        });
   }
 
-  // Turns the logits of query row r into unnormalised weights, and sets its output to what the padded keys give.
-  void softmax(const RowBlock& block, const Tile& tile, int r, V* sum, V* lse) {
+  // Turns the logits of query row r into weights that are to be divided by their sum, and returns the log-sum-exp.
+  V softmax(const RowBlock& block, const Tile& tile, int r) {
     const int64_t dim = call_.dim, lanes = V::kLanes;
     T* weight = weight_ + r * window_ * lanes;
-    T* out = out_ + r * dim * lanes;
     const PadWindow<V> pads{tile, call_.rows.kernel, call_.columns.kernel, block.limit(r)};
     if (call_.pad_key) {
       const T* key = static_cast<const T*>(call_.pad_key) + item_.head * dim;
@@ -126,40 +110,30 @@ class Forward {
       }
       total = total + row_total;
     }
-    *sum = total;
-    *lse = (most + log2(total)) * V::broadcast(T(kLn2));
-    if (call_.pad_key) {
-      const T* value = static_cast<const T*>(call_.pad_value) + item_.head * dim;
-      const V padded = pads.take(weight, lanes);
-      for (int64_t d = 0; d < dim; ++d) (padded * V::broadcast(value[d])).store(out + d * lanes);
-    } else {
-      for (int64_t d = 0; d < dim; ++d) V::zero().store(out + d * lanes);
-    }
+    if (call_.pad_key) pads.take(weight, lanes).store(padded_ + r * lanes);
+    (V::broadcast(T(1)) / total).store(factor_ + r * lanes);
+    return (most + log2(total)) * V::broadcast(T(kLn2));
   }
 
-  void store_lse(int64_t token_row, const int64_t* columns, int count, V lse) {
+  void store_lse(int64_t place, const Tile& tile, V lse) {
     T lanes[V::kLanes];
     lse.store(lanes);
-    T* row = static_cast<T*>(call_.lse) + (item_.batch * call_.rows.length + token_row) * call_.columns.length * call_.heads;
-    for (int i = 0; i < count; ++i) row[columns[i] * call_.heads + item_.head] = lanes[i];
+    const int64_t row = item_.batch * call_.rows.length + token_of(call_.rows, item_.group, place);
+    T* out = static_cast<T*>(call_.lse) + row * call_.columns.length * call_.heads + item_.head;
+    for (int i = 0; i < tile.lanes; ++i) out[segment_.query_column[tile.first + i] * call_.heads] = lanes[i];
   }
-
-  S* out_row(const RowBlock& block, int r) const {
-    return row_of<S>(call_.out, item_.batch, token_row(block, r), item_.head);
-  }
-  int64_t token_row(const RowBlock& block, int r) const { return token_of(call_.rows, item_.group, block.begin + r); }
 
   const Call& call_;
   const Item& item_;
-  const Item* const next_;
   const Segment& segment_;
-  Ahead ahead_;
-  const int64_t window_, key_step_, query_step_;
+  const int64_t window_, key_step_, query_step_, channels_;
   const Bias<V> bias_;
-  const Ring<T> keys_, values_;  // by place, [dim][key positions]
-  const Ring<T> query_;          // by query row of the block, [dim][query positions], scaled
-  T* const weight_;  // [rows][window][lanes]: logits, then weights
-  T* const out_;     // [rows][dim][lanes]
+  const Ring<T> keys_;    // by place, [dim][key positions]
+  const Ring<T> values_;  // by place, [key positions][channels]
+  const Ring<T> query_;   // by query row of the block, [dim][query positions], scaled
+  T* const weight_;       // [rows][window][lanes]: logits, then weights
+  T* const factor_;       // [rows][lanes]: one over the sum of the weights
+  T* const padded_;       // [rows][lanes]: the padded keys' part of the sum
 };
 
 }  // namespace

@@ -25,21 +25,6 @@ struct Dot {
   const Tile* tile;
 };
 
-// For up to V::kRows output rows, out[row][channel] += sum over window columns of weight[row][column] * (y of that
-// column).
-template <class V>
-struct Mix {
-  using T = typename V::scalar;
-  const T* weight[V::kRows];  // [columns][lanes]
-  int64_t weight_step;        // may be negative
-  const T* y;                 // [dim][...]
-  int64_t y_step;
-  T* out[V::kRows];           // [dim][lanes]
-  int64_t out_step;
-  int64_t dim;
-  const int32_t* index;       // [columns][lanes] slots of y; null where column c of lane l is y[c + l]
-};
-
 // Bias of window column `column`, lane by lane.
 template <class V>
 NAT_DENSE_INLINE V bias_of(const Tile& tile, const typename V::scalar* row, int column) {
@@ -83,40 +68,6 @@ NAT_DENSE_NOINLINE void dot_block(const Dot<V>& a, int column) {
   }
 }
 
-template <class V, bool Straight, int R, int C>
-NAT_DENSE_NOINLINE void mix_block(const Mix<V>& a, int column) {
-  using T = typename V::scalar;
-  V weight[R][C];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) weight[r][c] = V::load(a.weight[r] + (column + c) * a.weight_step);
-  }
-  const T* y = Straight ? a.y + column : a.y;
-  const int32_t* index = Straight ? nullptr : a.index + column * V::kLanes;
-  T* out[R];
-  for (int r = 0; r < R; ++r) out[r] = a.out[r];
-  const int64_t dim = a.dim, y_step = a.y_step, out_step = a.out_step;  // the stores might change `a`, for all it says
-  for (int64_t d = 0; d < dim; ++d) {
-    const typename V::template Window<Straight> values(y);
-    V sum[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) sum[r] = V::load(out[r]);
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) {
-      const V value = values.at(c, index);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sum[r] = fma(weight[r][c], value, sum[r]);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      sum[r].store(out[r]);
-      out[r] += out_step;
-    }
-    y += y_step;
-  }
-}
-
 // Blocks of the size that fits the registers: the first R rows, C columns at a time.
 template <class V, bool Straight, int R = V::kRows, int C = V::kColumns>
 NAT_DENSE_INLINE void dot_rows(const Dot<V>& a, int rows, int column, int columns) {
@@ -127,17 +78,6 @@ NAT_DENSE_INLINE void dot_rows(const Dot<V>& a, int rows, int column, int column
     if (columns < C) return dot_rows<V, Straight, R, C - 1>(a, rows, column, columns);
   }
   dot_block<V, Straight, R, C>(a, column);
-}
-
-template <class V, bool Straight, int R = V::kRows, int C = V::kColumns>
-NAT_DENSE_INLINE void mix_rows(const Mix<V>& a, int rows, int column, int columns) {
-  if constexpr (R > 1) {
-    if (rows < R) return mix_rows<V, Straight, R - 1, C>(a, rows, column, columns);
-  }
-  if constexpr (C > 1) {
-    if (columns < C) return mix_rows<V, Straight, R, C - 1>(a, rows, column, columns);
-  }
-  mix_block<V, Straight, R, C>(a, column);
 }
 
 // Calls f(first column, columns) for blocks of nearly equal width, none wider than `most`.
@@ -163,33 +103,174 @@ void dot(const Dot<V>& a, int rows) {
   });
 }
 
-template <class V>
-void mix(const Mix<V>& a, int rows, int columns) {
-  split_columns(columns, V::kColumns, [&](int column, int columns) {
-    if (a.index == nullptr) {
-      mix_rows<V, true>(a, rows, column, columns);
-    } else {
-      mix_rows<V, false>(a, rows, column, columns);
+// sum[row][query] += sum over window columns of weight[row][query] * (value of that column), for the query rows [First,
+// Last), which share a row of values, and Q queries whose windows begin one token after another. Channels are in the
+// lanes: D vectors of them. Goes on to the next row of weights.
+template <class V, int First, int Last, int Q, int D>
+NAT_DENSE_INLINE void add_row(const typename V::scalar* (&weight)[V::kRows], int64_t weight_step, int64_t weight_row,
+                              const typename V::scalar* value, int64_t value_step, int columns,
+                              V (&sum)[V::kRows][Q][D]) {
+  const typename V::scalar* w[V::kRows];
+#pragma GCC unroll 8
+  for (int r = First; r < Last; ++r) w[r] = weight[r], weight[r] += weight_row;
+  V y[Q][D];  // the query that comes next takes this one's value in the next column
+#pragma GCC unroll 8
+  for (int q = 0; q + 1 < Q; ++q) {
+#pragma GCC unroll 8
+    for (int d = 0; d < D; ++d) y[q][d] = V::load(value + q * value_step + d * V::kLanes);
+  }
+  value += (Q - 1) * value_step;
+  for (int c = 0; c < columns; ++c) {
+#pragma GCC unroll 8
+    for (int d = 0; d < D; ++d) y[Q - 1][d] = V::held(V::load(value + d * V::kLanes));
+    value += value_step;
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q) {
+#pragma GCC unroll 8
+      for (int r = First; r < Last; ++r) {
+        const V factor = V::held(V::broadcast(w[r][q]));
+#pragma GCC unroll 8
+        for (int d = 0; d < D; ++d) sum[r][q][d] = fma(factor, y[q][d], sum[r][q][d]);
+      }
     }
-  });
+#pragma GCC unroll 8
+    for (int q = 0; q + 1 < Q; ++q) {
+#pragma GCC unroll 8
+      for (int d = 0; d < D; ++d) y[q][d] = y[q + 1][d];
+    }
+#pragma GCC unroll 8
+    for (int r = First; r < Last; ++r) w[r] += weight_step;
+  }
 }
 
-// Tokens of one map row and head -> [dim][step], times `factor`: lanes become positions. Writes whole vectors of
-// positions; those past the end repeat a token.
+// The same for rows known at run time.
+template <class V, int First, int Last, int Q, int D>
+NAT_DENSE_INLINE void add_rows(int first, int last, const typename V::scalar* (&weight)[V::kRows],
+                               int64_t weight_step, int64_t weight_row, const typename V::scalar* value, int64_t value_step, int columns,
+                               V (&sum)[V::kRows][Q][D]) {
+  if constexpr (First + 1 < Last) {
+    if (last < Last) return add_rows<V, First, Last - 1>(first, last, weight, weight_step, weight_row, value, value_step, columns, sum);
+    if (first > First) return add_rows<V, First + 1, Last>(first, last, weight, weight_step, weight_row, value, value_step, columns, sum);
+  }
+  add_row<V, First, Last>(weight, weight_step, weight_row, value, value_step, columns, sum);
+}
+
+// For a run of keys and the rows of a query's window, out[row][key] += sum over the queries of one map row that see
+// the key of their weight * their vector. Channels are in the lanes.
+template <class V>
+struct Scatter {
+  using T = typename V::scalar;
+  const Viewers* viewers;  // of each key
+  int64_t keys;
+  const T* weight;         // [rows][...]
+  int64_t weight_row;
+  const T* y;              // [queries][step]
+  T* out[V::kKeyRows];     // [keys][step]
+  int64_t step;            // channels, in whole vectors
+};
+
+template <class V, int R, int D>
+NAT_DENSE_INLINE void scatter_channels(const Scatter<V>& a, int64_t channel) {
+  using T = typename V::scalar;
+  const int64_t step = a.step, weight_row = a.weight_row;
+  for (int64_t k = 0; k < a.keys; ++k) {
+    const Viewers seen = a.viewers[k];
+    V sum[R][D];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int d = 0; d < D; ++d) sum[r][d] = V::load(a.out[r] + k * step + channel + d * V::kLanes);
+    }
+    const T* y = a.y + seen.query * step + channel;
+    for (int i = 0; i < seen.count; ++i) {
+      const T* weight = a.weight + seen.weight[i];
+      V query[D];
+#pragma GCC unroll 8
+      for (int d = 0; d < D; ++d) query[d] = V::held(V::load(y + d * V::kLanes));
+      y += step;
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const V factor = V::held(V::broadcast(weight[r * weight_row]));
+#pragma GCC unroll 8
+        for (int d = 0; d < D; ++d) sum[r][d] = fma(factor, query[d], sum[r][d]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int d = 0; d < D; ++d) sum[r][d].store(a.out[r] + k * step + channel + d * V::kLanes);
+    }
+  }
+}
+
+template <class V, int R>
+NAT_DENSE_NOINLINE void scatter_block(const Scatter<V>& a) {
+  int64_t channel = 0;
+  for (; channel + V::kLanes < a.step; channel += 2 * V::kLanes) scatter_channels<V, R, 2>(a, channel);
+  if (channel < a.step) scatter_channels<V, R, 1>(a, channel);
+}
+
+template <class V, int R = V::kKeyRows>
+void scatter(const Scatter<V>& a, int rows) {
+  if constexpr (R > 1) {
+    if (rows < R) return scatter<V, R - 1>(a, rows);
+  }
+  scatter_block<V, R>(a);
+}
+
+// One head of a map row, its tokens in the order of positions. They lie hundreds of bytes apart, further than hardware
+// prefetchers follow, so whoever goes through them asks for those that come `ahead` tokens later.
+template <class S>
+struct Tokens {
+  S* row;
+  S* next;  // the same of the row that is taken after this one; null if there is none
+  int64_t stride;
+  const int64_t* columns;
+  int64_t count, dim, ahead;
+
+  NAT_DENSE_INLINE S* at(int64_t position) const { return row + columns[position] * stride; }
+
+  // While the token at `position` is worked on.
+  NAT_DENSE_INLINE void look_ahead(int64_t position) const {
+    const int64_t later = position + ahead;
+    if (later < count) {
+      fetch(at(later), dim);
+    } else if (next && later - count < count) {
+      fetch(next + columns[later - count] * stride, dim);
+    }
+  }
+
+  static NAT_DENSE_INLINE void fetch(const S* token, int64_t dim) {
+#if defined(__GNUC__)
+    for (int64_t d = 0; d < dim; d += 64 / sizeof(S)) __builtin_prefetch(token + d);
+#endif
+  }
+};
+
+// Tokens -> [position][step], in the type that is computed in. Channels past the last are zero.
 template <class V, class S>
-void pack(const S* row, int64_t column_stride, const int64_t* columns, int64_t count, int64_t dim,
-          typename V::scalar factor, typename V::scalar* out, int64_t step) {
+void copy(Tokens<const S> tokens, typename V::scalar* out, int64_t step) {
+  for (int64_t i = 0; i < tokens.count; ++i, out += step) {
+    tokens.look_ahead(i);
+    const S* token = tokens.at(i);
+    for (int64_t d = 0; d < tokens.dim; d += V::kLanes) V::load_part(token + d, tokens.dim - d).store(out + d);
+  }
+}
+
+// Tokens -> [dim][step], times `factor`: lanes become positions. Whole vectors of positions are written; those past the
+// last repeat it.
+template <class V, class S>
+void pack(Tokens<const S> tokens, typename V::scalar factor, typename V::scalar* out, int64_t step) {
   constexpr int kLanes = V::kLanes;
   const V scale = V::broadcast(factor);
-  for (int64_t position = 0; position < count; position += kLanes) {
-    const int64_t last = count - 1 - position;
-    for (int64_t d = 0; d < dim; d += kLanes) {
-      const int64_t channels = min_of(kLanes, dim - d);
+  for (int64_t position = 0; position < tokens.count; position += kLanes) {
+    const int64_t last = tokens.count - 1 - position;
+    for (int i = 0; i < kLanes; ++i) tokens.look_ahead(position + i);
+    for (int64_t d = 0; d < tokens.dim; d += kLanes) {
+      const int64_t channels = min_of(kLanes, tokens.dim - d);
       V block[kLanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        block[i] = V::load_part(row + columns[position + min_of(i, last)] * column_stride + d, channels);
-      }
+      for (int i = 0; i < kLanes; ++i) block[i] = V::load_part(tokens.at(position + min_of(i, last)) + d, channels);
       V::transpose(block);
       typename V::scalar* p = out + d * step + position;
 #pragma GCC unroll 16
@@ -200,24 +281,17 @@ void pack(const S* row, int64_t column_stride, const int64_t* columns, int64_t c
   }
 }
 
-// The way back: [dim][step], times `factor` lane by lane, -> tokens. Adds to what is there if `Add`.
-template <class V, bool Add, class S>
-NAT_DENSE_INLINE void unpack(const typename V::scalar* in, int64_t step, V factor, int64_t dim, S* row,
-                             int64_t column_stride, const int64_t* columns, int64_t count) {
-  constexpr int kLanes = V::kLanes;
-  for (int64_t d = 0; d < dim; d += kLanes) {
-    const int64_t channels = min_of(kLanes, dim - d);
-    V block[kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) block[i] = i < channels ? V::load(in + (d + i) * step) * factor : V::zero();
-    V::transpose(block);
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if (i < count) {
-        S* p = row + columns[i] * column_stride + d;
-        if constexpr (Add) block[i] = block[i] + V::load_part(p, channels);
-        block[i].store_part(p, channels);
-      }
+// [position][step], times `factor`, -> tokens. Those before position `begun` have a part of their sum already.
+template <class V, class S>
+void put(const typename V::scalar* in, int64_t step, typename V::scalar factor, Tokens<S> tokens, int64_t begun) {
+  const V scale = V::broadcast(factor);
+  for (int64_t i = 0; i < tokens.count; ++i, in += step) {
+    tokens.look_ahead(i);
+    S* token = tokens.at(i);
+    for (int64_t d = 0; d < tokens.dim; d += V::kLanes) {
+      V sum = V::load(in + d) * scale;
+      if (i < begun) sum = sum + V::load_part(token + d, tokens.dim - d);
+      sum.store_part(token + d, tokens.dim - d);
     }
   }
 }

@@ -63,7 +63,7 @@ void Plan::add_segment(int64_t begin, int64_t end) {
   segment.key_column = column_.data() + key_begin;
   key_stride_ = max_of(key_stride_, row_length(segment.key_count + lanes_ - 1, lanes_));
   add_tiles(begin, end, key_begin, &segment);
-  add_key_tiles(begin, end, key_begin, key_end, &segment);
+  add_viewers(begin, end, key_begin, &segment);
   segments_.push_back(segment);
 }
 
@@ -111,61 +111,28 @@ void Plan::add_tiles(int64_t begin, int64_t end, int64_t key_begin, Segment* seg
   segment->tiles = keep(std::move(tiles));
 }
 
-void Plan::add_key_tiles(int64_t begin, int64_t end, int64_t key_begin, int64_t key_end, Segment* segment) {
-  // Queries of the segment that see each key: consecutive positions [low, high).
-  struct Viewers {
-    int64_t low = std::numeric_limits<int64_t>::max(), high = 0;
+void Plan::add_viewers(int64_t begin, int64_t end, int64_t key_begin, Segment* segment) {
+  std::vector<Viewers> viewers(segment->key_count);
+  const auto each = [&](auto&& f) {
+    for (int64_t query = begin; query < end; ++query) {
+      for (int64_t b = 0; b < positions_[query].limit; ++b) f(query, b, &viewers[positions_[query].first + b - key_begin]);
+    }
   };
-  std::vector<Viewers> viewers(key_end - key_begin);
-  for (int64_t query = begin; query < end; ++query) {
-    for (int64_t b = 0; b < positions_[query].limit; ++b) {
-      Viewers& seen = viewers[positions_[query].first + b - key_begin];
-      seen.low = min_of(seen.low, query), seen.high = max_of(seen.high, query + 1);
-    }
+  int64_t total = 0;
+  each([&](int64_t query, int64_t, Viewers* key) {
+    if (key->count++ == 0) key->query = static_cast<int32_t>(query - begin);
+    ++total;
+  });
+  int32_t* next = keep(std::vector<int32_t>(total));
+  for (Viewers& key : viewers) {
+    key.weight = next;
+    next += key.count;
   }
-  std::vector<KeyTile> tiles;
-  for (int64_t first = key_begin; first < key_end; first += tiles.back().lanes) {
-    int64_t low = viewers[first - key_begin].low, high = low, most = 0, lanes = 0;
-    for (; lanes < lanes_ && first + lanes < key_end; ++lanes) {
-      const Viewers& seen = viewers[first + lanes - key_begin];
-      const int64_t new_low = min_of(low, seen.low), new_high = max_of(high, seen.high);
-      if (new_high - new_low > slots_) break;
-      low = new_low, high = new_high, most = max_of(most, seen.high - seen.low);
-    }
-    bool straight = lanes == lanes_ && most == kernel_;
-    for (int64_t i = 0; i < lanes && straight; ++i) {
-      const Viewers& seen = viewers[first + i - key_begin];
-      straight = seen.low == low + i && seen.high == seen.low + kernel_;
-      for (int64_t c = 0; c < kernel_ && straight; ++c) {
-        straight = first + i - positions_[seen.low + c].first == kernel_ - 1 - c;
-      }
-    }
-    KeyTile tile{};
-    tile.first = static_cast<int32_t>(first - key_begin);
-    tile.lanes = static_cast<int32_t>(lanes);
-    tile.columns = static_cast<int32_t>(most);
-    tile.query = static_cast<int32_t>(low - begin);
-    tile.straight = straight;
-    if (!straight) {
-      std::vector<int32_t> index(most * lanes_), weight(most * lanes_, -1);
-      for (int64_t i = 0; i < lanes_; ++i) {
-        const int64_t key = first + min_of(i, lanes - 1);
-        const Viewers& seen = viewers[key - key_begin];
-        for (int64_t c = 0; c < most; ++c) {  // past the last viewer: weight 0 on that viewer
-          const int64_t query = min_of(seen.low + c, seen.high - 1);
-          index[c * lanes_ + i] = static_cast<int32_t>(query - low);
-          if (i < lanes && seen.low + c < seen.high) {
-            weight[c * lanes_ + i] = static_cast<int32_t>((key - positions_[query].first) * query_stride_ + query - begin);
-          }
-        }
-      }
-      tile.index = keep(std::move(index));
-      tile.weight = keep(std::move(weight));
-    }
-    tiles.push_back(tile);
-  }
-  segment->key_tile_count = static_cast<int64_t>(tiles.size());
-  segment->key_tiles = keep(std::move(tiles));
+  each([&](int64_t query, int64_t b, Viewers* key) {
+    const int64_t i = query - begin - key->query;  // queries that see one key are consecutive
+    const_cast<int32_t*>(key->weight)[i] = static_cast<int32_t>(b * query_stride_ + query - begin);
+  });
+  segment->viewers = keep(std::move(viewers));
 }
 
 }  // namespace nat_dense

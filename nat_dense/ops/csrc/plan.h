@@ -28,7 +28,7 @@ class Plan {
   void sort_columns(const Axis& columns);
   void add_segment(int64_t begin, int64_t end);
   void add_tiles(int64_t begin, int64_t end, int64_t key_begin, Segment* segment);
-  void add_key_tiles(int64_t begin, int64_t end, int64_t key_begin, int64_t key_end, Segment* segment);
+  void add_viewers(int64_t begin, int64_t end, int64_t key_begin, Segment* segment);
   template <class T>
   T* keep(std::vector<T> table);
 

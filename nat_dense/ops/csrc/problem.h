@@ -62,15 +62,10 @@ struct Tile {
   const int32_t* limit;       // [lanes] real window columns; null unless ragged
 };
 
-// A run of key positions, and the queries of the segment whose windows hold them (the transpose of Tile).
-struct KeyTile {
-  int32_t first;     // key position of lane 0, in its segment
-  int32_t lanes;
-  int32_t columns;   // most queries of the segment on one axis that see one key
-  int32_t query;     // query position that `index` counts from
-  bool straight;     // lane l is seen by the queries query + l ... query + l + kernel - 1, in falling window columns
-  const int32_t* index;   // [columns][lanes] query slots from `query`; null where straight
-  const int32_t* weight;  // [columns][lanes] window column * weight stride + query position, or -1; null where straight
+// The queries of a segment whose windows hold one key: consecutive positions.
+struct Viewers {
+  int32_t query, count;   // the first one's position, in the segment
+  const int32_t* weight;  // [count] window column * query_stride + query position
 };
 
 // Columns that are worked on together, so that their keys stay in cache. Positions are columns sorted by dilation
@@ -81,8 +76,7 @@ struct Segment {
   const int64_t* key_column;    // [key_count]
   const Tile* tiles;
   int64_t tile_count;
-  const KeyTile* key_tiles;
-  int64_t key_tile_count;
+  const Viewers* viewers;       // [key_count]
 };
 
 // One call of the operator. Accumulation type: float for float and bfloat16 inputs, double for double.
@@ -103,7 +97,7 @@ struct Call {
   void* lse;  // accumulation type, [B, H, W, heads]
 
   Map grad_out, grad_query;  // backward
-  Map grad_key, grad_value;  // accumulation type, zeroed by the caller
+  Map grad_key, grad_value;  // accumulation type
   bool needs_grad_bias;
 };
 
@@ -126,9 +120,9 @@ struct Kernels {
   int64_t slots;  // keys that one tile may reach; 0: any number
   int64_t rows;   // query rows that share a loaded key
   int64_t (*forward_scratch)(const Call&);  // bytes
-  void (*forward)(const Call&, const Item&, const Item* next, void* scratch);  // next: what follows, or null
+  void (*forward)(const Call&, const Item&, void* scratch);
   int64_t (*backward_scratch)(const Call&);
-  void (*backward)(const Call&, const Item&, const Item* next, const Partial&, void* scratch);
+  void (*backward)(const Call&, const Item&, const Partial&, void* scratch);
 };
 
 enum Storage { kFloat32, kBFloat16, kFloat64, kStorages };

@@ -14,6 +14,7 @@ struct Avx2Vec {
   static constexpr int kSlots = 0;
   static constexpr int kRows = 3;
   static constexpr int kColumns = 4;  // 3 x 4 sums, 3 queries and a key are the sixteen registers
+  static constexpr int kKeyRows = 6;
   __m256 v;
 
   static NAT_DENSE_INLINE Avx2Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
@@ -24,6 +25,7 @@ struct Avx2Vec {
   friend NAT_DENSE_INLINE Avx2Vec operator+(Avx2Vec a, Avx2Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
   friend NAT_DENSE_INLINE Avx2Vec operator-(Avx2Vec a, Avx2Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
   friend NAT_DENSE_INLINE Avx2Vec operator*(Avx2Vec a, Avx2Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+  friend NAT_DENSE_INLINE Avx2Vec operator/(Avx2Vec a, Avx2Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
   friend NAT_DENSE_INLINE Avx2Vec fma(Avx2Vec a, Avx2Vec b, Avx2Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   friend NAT_DENSE_INLINE Avx2Vec max(Avx2Vec a, Avx2Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 
@@ -65,13 +67,6 @@ struct Avx2Vec {
       return {_mm256_i32gather_ps(row, slots, 4)};
     }
   };
-
-  // p[index] lane by lane; 0 where the index is negative.
-  static NAT_DENSE_INLINE Avx2Vec gather(const float* p, const int32_t* index) {
-    const __m256i slots = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index));
-    const __m256i valid = _mm256_cmpgt_epi32(slots, _mm256_set1_epi32(-1));
-    return {_mm256_mask_i32gather_ps(_mm256_setzero_ps(), p, slots, _mm256_castsi256_ps(valid), 4)};
-  }
 
   static NAT_DENSE_INLINE void transpose(Avx2Vec (&r)[8]) {
     __m256 pairs[8], quads[8];

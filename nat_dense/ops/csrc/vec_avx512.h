@@ -14,6 +14,7 @@ struct Avx512Vec {
   static constexpr int kSlots = 32;    // Window<false> picks from two registers
   static constexpr int kRows = 3;      // 3 x 7 sums, 3 queries and a key leave registers to spare
   static constexpr int kColumns = 7;
+  static constexpr int kKeyRows = 7;   // two vectors each, and room for longer windows in several turns
   __m512 v;
 
   static NAT_DENSE_INLINE Avx512Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
@@ -24,6 +25,7 @@ struct Avx512Vec {
   friend NAT_DENSE_INLINE Avx512Vec operator+(Avx512Vec a, Avx512Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend NAT_DENSE_INLINE Avx512Vec operator-(Avx512Vec a, Avx512Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
   friend NAT_DENSE_INLINE Avx512Vec operator*(Avx512Vec a, Avx512Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+  friend NAT_DENSE_INLINE Avx512Vec operator/(Avx512Vec a, Avx512Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
   friend NAT_DENSE_INLINE Avx512Vec fma(Avx512Vec a, Avx512Vec b, Avx512Vec c) {
     return {_mm512_fmadd_ps(a.v, b.v, c.v)};
   }
@@ -67,13 +69,6 @@ struct Avx512Vec {
       return {_mm512_permutex2var_ps(low, _mm512_loadu_si512(index + column * 16), high)};
     }
   };
-
-  // p[index] lane by lane; 0 where the index is negative.
-  static NAT_DENSE_INLINE Avx512Vec gather(const float* p, const int32_t* index) {
-    const __m512i slots = _mm512_loadu_si512(index);
-    const __mmask16 valid = _mm512_cmpge_epi32_mask(slots, _mm512_setzero_si512());
-    return {_mm512_mask_i32gather_ps(_mm512_setzero_ps(), valid, slots, p, 4)};
-  }
 
   static NAT_DENSE_INLINE void transpose(Avx512Vec (&r)[16]) {
     __m512 pairs[16], quads[16];

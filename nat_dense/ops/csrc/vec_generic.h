@@ -1,8 +1,8 @@
 // A vector of N lanes in plain C++: compilers turn it into whatever the target has.
 //
 // Every vector type of this folder offers the same members, and the algorithm is written on those alone:
-//   scalar, kLanes, kSlots, kRows, kColumns; zero, broadcast, load, store; + - *, fma, max; exp2, log2;
-//   Window<straight>: the keys of a tile, column by column; gather; transpose; load_part, store_part (with conversion).
+//   scalar, kLanes, kSlots, kRows, kColumns, kKeyRows; zero, broadcast, load, store; + - * /, fma, max; exp2, log2; held;
+//   Window<straight>: the keys of a tile, column by column; transpose; load_part, store_part (with conversion).
 #pragma once
 
 #include <math.h>
@@ -13,9 +13,11 @@
 #if defined(__GNUC__)
 #define NAT_DENSE_INLINE inline __attribute__((always_inline))
 #define NAT_DENSE_NOINLINE __attribute__((noinline))
+#define NAT_DENSE_INLINE_LAMBDA __attribute__((always_inline))
 #else
 #define NAT_DENSE_INLINE __forceinline
 #define NAT_DENSE_NOINLINE __declspec(noinline)
+#define NAT_DENSE_INLINE_LAMBDA
 #endif
 
 namespace nat_dense {
@@ -61,6 +63,7 @@ struct GenericVec {
   static constexpr int kSlots = 0;
   static constexpr int kRows = 3;
   static constexpr int kColumns = 3;
+  static constexpr int kKeyRows = 4;
 #if defined(__GNUC__)
   typedef T Lanes __attribute__((vector_size(N * sizeof(T))));
 #else
@@ -93,6 +96,7 @@ struct GenericVec {
   friend NAT_DENSE_INLINE GenericVec operator+(GenericVec a, GenericVec b) { return {a.v + b.v}; }
   friend NAT_DENSE_INLINE GenericVec operator-(GenericVec a, GenericVec b) { return {a.v - b.v}; }
   friend NAT_DENSE_INLINE GenericVec operator*(GenericVec a, GenericVec b) { return {a.v * b.v}; }
+  friend NAT_DENSE_INLINE GenericVec operator/(GenericVec a, GenericVec b) { return {a.v / b.v}; }
   friend NAT_DENSE_INLINE GenericVec fma(GenericVec a, GenericVec b, GenericVec c) { return {a.v * b.v + c.v}; }
 #else
   friend GenericVec operator+(GenericVec a, GenericVec b) {
@@ -103,6 +107,9 @@ struct GenericVec {
   }
   friend GenericVec operator*(GenericVec a, GenericVec b) {
     return make([&](int i) { return a.v[i] * b.v[i]; });
+  }
+  friend GenericVec operator/(GenericVec a, GenericVec b) {
+    return make([&](int i) { return a.v[i] / b.v[i]; });
   }
   friend GenericVec fma(GenericVec a, GenericVec b, GenericVec c) {
     return make([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
@@ -129,10 +136,7 @@ struct GenericVec {
     }
   };
 
-  // p[index] lane by lane; 0 where the index is negative.
-  static NAT_DENSE_INLINE GenericVec gather(const T* p, const int32_t* index) {
-    return make([&](int i) { return index[i] < 0 ? T(0) : p[index[i]]; });
-  }
+  static NAT_DENSE_INLINE GenericVec held(GenericVec x) { return x; }
 
   static void transpose(GenericVec (&rows)[N]) {
     for (int i = 0; i < N; ++i) {

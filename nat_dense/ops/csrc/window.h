@@ -1,7 +1,6 @@
 // What the forward and the backward pass share: scratch memory, rows of keys, and the padded part of a window.
 #pragma once
 
-#include "ahead.h"
 #include "micro.h"
 
 namespace nat_dense {
@@ -39,15 +38,22 @@ struct Ring {
   T* at(int64_t place) const { return data + place % slots * row; }
 };
 
+// The tokens of one place of an item's row group, in these columns.
 template <class S>
-S* row_of(const Map& map, int64_t batch, int64_t token_row, int64_t head) {
-  return static_cast<S*>(map.data) + batch * map.batch + token_row * map.row + head * map.head;
+Tokens<S> tokens_of(const Call& call, const Item& item, const Map& map, int64_t place, const int64_t* columns,
+                    int64_t count) {
+  S* head = static_cast<S*>(map.data) + item.batch * map.batch + item.head * map.head;
+  const auto row = [&](int64_t place) { return head + token_of(call.rows, item.group, place) * map.row; };
+  S* next = place + 1 < real_members(call.rows, item.group) ? row(place + 1) : nullptr;
+  const int64_t ahead = max_of(4096 / (call.dim * static_cast<int64_t>(sizeof(S))), 1);  // 4 KiB
+  return {row(place), next, map.column, columns, count, call.dim, ahead};
 }
 
 // Consecutive query rows of one row group, and the key rows that their windows cover.
 class RowBlock {
  public:
   static constexpr int kMostRows = 4;
+  static constexpr int kMostPlaces = 13 + kMostRows - 1;  // of the largest kernel
 
   RowBlock(const Axis& axis, int64_t group, int64_t begin, int64_t end, int most)
       : begin(begin), count(static_cast<int>(min_of(most, end - begin))), kernel_(axis.kernel) {
@@ -57,6 +63,12 @@ class RowBlock {
     }
     low = start_[0];
     high = start_[count - 1] + limit_[count - 1];
+    for (int64_t place = low; place < high; ++place) {
+      int first = 0, last = count;
+      while (start_[first] + kernel_ <= place) ++first;
+      while (start_[last - 1] > place) --last;
+      first_[place - low] = first, last_[place - low] = last;
+    }
   }
 
   const int64_t begin;
@@ -68,16 +80,13 @@ class RowBlock {
   // Bias row of the first window row of query row r.
   int64_t bias(int r) const { return start_[r] - (begin + r) + kernel_ - 1; }
   // Query rows [first, last) have key row `place` in their windows.
-  void viewers(int64_t place, int* first, int* last) const {
-    *first = 0;
-    while (start_[*first] + kernel_ <= place) ++*first;
-    *last = count;
-    while (start_[*last - 1] > place) --*last;
-  }
+  int first(int64_t place) const { return first_[place - low]; }
+  int last(int64_t place) const { return last_[place - low]; }
 
  private:
   const int64_t kernel_;
   int64_t start_[kMostRows], limit_[kMostRows];
+  int first_[kMostPlaces], last_[kMostPlaces];
 };
 
 // The values of one query row of a tile: [window row][window column][lanes], `step` apart. Real keys come first on
@@ -137,14 +146,6 @@ struct PadWindow {
   }
 };
 
-template <class V>
-V reciprocal(V x) {
-  typename V::scalar lanes[V::kLanes];
-  x.store(lanes);
-  for (int i = 0; i < V::kLanes; ++i) lanes[i] = 1 / lanes[i];
-  return V::load(lanes);
-}
-
 // Sum over channels of x[d][lanes] * y[d].
 template <class V>
 V dot_with_one(const typename V::scalar* x, int64_t x_step, const typename V::scalar* y, int64_t dim) {
@@ -169,8 +170,7 @@ struct Bias {
 template <class V>
 void score(const RowBlock& block, const Tile& tile, const typename V::scalar* x, int64_t x_row, int64_t x_step,
            const Ring<typename V::scalar>& keys, int64_t key_step, int64_t dim, const Bias<V>* bias,
-           typename V::scalar* out, int64_t out_row, int64_t out_step, int64_t kernel_columns, Ahead& ahead,
-           int64_t token_bytes) {
+           typename V::scalar* out, int64_t out_row, int64_t out_step, int64_t kernel_columns) {
   static_assert(V::kRows <= RowBlock::kMostRows);
   Dot<V> a;
   a.x_step = x_step;
@@ -179,9 +179,7 @@ void score(const RowBlock& block, const Tile& tile, const typename V::scalar* x,
   a.dim = dim;
   a.tile = &tile;
   for (int64_t place = block.low; place < block.high; ++place) {
-    ahead.step(token_bytes);
-    int first, last;
-    block.viewers(place, &first, &last);
+    const int first = block.first(place), last = block.last(place);
     for (int r = first; r < last; ++r) {
       const int64_t window_row = place - block.start(r);
       a.x[r - first] = x + r * x_row;
@@ -193,29 +191,88 @@ void score(const RowBlock& block, const Tile& tile, const typename V::scalar* x,
   }
 }
 
-// The sums of values weighted by the windows of a block of query rows, added to out + r * out_row, [dim][lanes].
+// The sums of values weighted by the windows of a block of query rows.
 template <class V>
-void gather(const RowBlock& block, const Tile& tile, const typename V::scalar* weight, int64_t weight_row,
-            int64_t weight_step, const Ring<typename V::scalar>& values, int64_t value_step, int64_t dim,
-            typename V::scalar* out, int64_t out_row, int64_t kernel_columns, Ahead& ahead, int64_t token_bytes) {
-  Mix<V> a;
-  a.weight_step = weight_step;
-  a.y_step = value_step;
-  a.out_step = V::kLanes;
-  a.dim = dim;
-  a.index = tile.straight ? nullptr : tile.index;
-  for (int64_t place = block.low; place < block.high; ++place) {
-    ahead.step(token_bytes);
-    int first, last;
-    block.viewers(place, &first, &last);
-    for (int r = first; r < last; ++r) {
-      a.weight[r - first] = weight + r * weight_row + (place - block.start(r)) * kernel_columns * weight_step;
-      a.out[r - first] = out + r * out_row;
-    }
-    a.y = values.at(place) + tile.key;
-    mix(a, last - first, tile.columns);
+class Gather {
+  using T = typename V::scalar;
+
+ public:
+  // `weight`: query row r's are at weight + r * weight_row, [window][weight_step]. `values`: by place, [key
+  // position][step], `step` channels in whole vectors.
+  Gather(const Call& call, const RowBlock& block, const Tile& tile, const T* weight, int64_t weight_row,
+         int64_t weight_step, const Ring<T>& values, int64_t step)
+      : block_(block),
+        tile_(tile),
+        weight_(weight),
+        weight_row_(weight_row),
+        weight_step_(weight_step),
+        window_row_(call.columns.kernel * weight_step),
+        step_(step) {
+    for (int64_t place = block.low; place < block.high; ++place) values_[place - block.low] = values.at(place);
   }
-}
+
+  // For every query: sum = start(r, lane, d), plus its window's values; then finish(r, lane, d, sum). The sum is of a
+  // vector of channels from d on.
+  template <class Start, class Finish>
+  void run(Start&& start, Finish&& finish) const {
+    for (int lane = 0; lane < tile_.lanes;) {
+      const bool pair = lane + 1 < tile_.lanes && key(lane + 1) == key(lane) + 1 && limit(lane + 1) == limit(lane);
+      if (pair) {
+        channels<2>(lane, start, finish);
+      } else {
+        channels<1>(lane, start, finish);
+      }
+      lane += pair ? 2 : 1;
+    }
+  }
+
+ private:
+  int64_t key(int lane) const { return tile_.key + (tile_.straight ? lane : tile_.index[lane]); }
+  int limit(int lane) const { return tile_.ragged ? tile_.limit[lane] : tile_.columns; }
+
+  template <int Q, class Start, class Finish>
+  NAT_DENSE_INLINE void channels(int lane, Start& start, Finish& finish) const {
+    int64_t d = 0;
+    for (; d + V::kLanes < step_; d += 2 * V::kLanes) sums<Q, 2>(lane, d, start, finish);
+    if (d < step_) sums<Q, 1>(lane, d, start, finish);
+  }
+
+  template <int Q, int D, class Start, class Finish>
+  NAT_DENSE_INLINE void sums(int lane, int64_t channel, Start& start, Finish& finish) const {
+    V sum[V::kRows][Q][D];
+    const T* weight[V::kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < V::kRows; ++r) {
+      weight[r] = weight_ + r * weight_row_ + lane;
+#pragma GCC unroll 8
+      for (int q = 0; q < Q; ++q) {
+#pragma GCC unroll 8
+        for (int d = 0; d < D; ++d) sum[r][q][d] = start(r, lane + q, channel + d * V::kLanes);
+      }
+    }
+    const int64_t offset = key(lane) * step_ + channel, places = block_.high - block_.low;
+    const int columns = limit(lane);
+    for (int64_t i = 0; i < places; ++i) {
+      add_rows<V, 0, V::kRows>(block_.first(block_.low + i), block_.last(block_.low + i), weight, weight_step_,
+                               window_row_, values_[i] + offset, step_, columns, sum);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < V::kRows; ++r) {
+      if (r >= block_.count) break;
+#pragma GCC unroll 8
+      for (int q = 0; q < Q; ++q) {
+#pragma GCC unroll 8
+        for (int d = 0; d < D; ++d) finish(r, lane + q, channel + d * V::kLanes, sum[r][q][d]);
+      }
+    }
+  }
+
+  const RowBlock& block_;
+  const Tile& tile_;
+  const T* const weight_;
+  const int64_t weight_row_, weight_step_, window_row_, step_;
+  const T* values_[RowBlock::kMostPlaces];
+};
 
 }  // namespace
 }  // namespace nat_dense
