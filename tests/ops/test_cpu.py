@@ -210,6 +210,52 @@ def test_outputs_share_no_memory():
     assert len({t.data_ptr() for t in everything}) == len(everything)
 
 
+LARGE = Case("beyond 32 MiB", (520, 512), (3, 3), heads=1, rpb=False)
+
+
+@needs_kernels
+def test_memory_of_large_results_is_used_again():
+    tokens = [t.detach() for t in LARGE.tensors(torch.float32).values() if t is not None][:3]
+    first, second = (na2d(*tokens, kernel_size=3, backend="cpu") for _ in range(2))
+    assert first.data_ptr() != second.data_ptr()
+    assert torch.equal(first, second)
+    address, wanted = second.data_ptr(), first.clone()
+    del second
+    tokens[0] = tokens[0] + 1
+    third = na2d(*tokens, kernel_size=3, backend="cpu")
+    assert third.data_ptr() == address
+    assert torch.equal(first, wanted)
+    assert not torch.equal(third, wanted)
+    third.resize_(2 * third.numel())  # an ordinary tensor
+    assert third.shape == (2 * wanted.numel(),)
+
+
+@needs_kernels
+def test_every_element_of_a_large_result_is_written():
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = [run(LARGE, torch.float32, "cpu") for _ in range(2)]  # the second on the memory of the first
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for result in results:
+        assert not any(t.isnan().any() for t in result.values())
+
+
+@needs_kernels
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="Linux alone says how much memory is in use")
+def test_memory_that_is_kept_has_a_limit():
+    def megabytes() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+
+    tokens = [t.detach() for t in LARGE.tensors(torch.float32).values() if t is not None][:3]
+    results = [na2d(*tokens, kernel_size=3, backend="cpu") for _ in range(16)]
+    held = megabytes()
+    assert held > 16 * 32
+    del results
+    assert held - megabytes() > 16 * 32 - 256 - 16
+
+
 @needs_kernels
 def test_two_threads_of_python_at_once():
     wanted = {case: run(case, torch.float32, "cpu") for case in ALL[:6]}

@@ -26,8 +26,6 @@ class Backward {
         bias_(call, item.head),
         keys_(arena, slots_, call.dim * key_step_),
         values_(arena, slots_, call.dim * key_step_),
-        query_(arena, V::kRows, call.dim * query_step_),
-        grad_out_(arena, V::kRows, call.dim * query_step_),
         key_tokens_(arena, slots_, channels_ * key_step_),
         grad_keys_(arena, slots_, channels_ * key_step_),
         grad_values_(arena, slots_, channels_ * key_step_),
@@ -35,6 +33,8 @@ class Backward {
         grad_out_tokens_(arena, V::kRows, channels_ * query_step_),
         weight_(arena, V::kRows, window_ * query_step_),
         grad_logit_(arena, V::kRows, window_ * query_step_),
+        query_(arena.take<T>(V::kRows * call.dim * V::kLanes)),
+        grad_out_(arena.take<T>(V::kRows * call.dim * V::kLanes)),
         padded_(arena.take<T>(V::kRows * V::kLanes)),
         pad_sums_(arena.take<T>(2 * call.dim * V::kLanes)),
         bias_sums_(arena.take<T>(most_tiles(call) * bias_rows() * call.columns.kernel * V::kLanes)) {}
@@ -80,19 +80,15 @@ class Backward {
       for (; finished < block.low; ++finished) flush(segment, finished, begun);
       for (; packed < block.high; ++packed) {
         const auto key = keys<const S>(call_.key, packed, segment);
-        pack<V>(key, T(1), keys_.at(packed), key_step_);
+        pack<V>(key, keys_.at(packed), key_step_);
         copy<V>(key, key_tokens_.at(packed), channels_);
-        pack<V>(keys<const S>(call_.value, packed, segment), T(1), values_.at(packed), key_step_);
+        pack<V>(keys<const S>(call_.value, packed, segment), values_.at(packed), key_step_);
         clear(grad_keys_.at(packed), segment.key_count * channels_);
         clear(grad_values_.at(packed), segment.key_count * channels_);
       }
       for (int r = 0; r < block.count; ++r) {
-        const auto query = queries<const S>(call_.query, i + r, segment);
-        const auto grad_out = queries<const S>(call_.grad_out, i + r, segment);
-        pack<V>(query, T(call_.scale * kLog2E), query_.at(r), query_step_);
-        copy<V>(query, query_tokens_.at(r), channels_);
-        pack<V>(grad_out, T(1), grad_out_.at(r), query_step_);
-        copy<V>(grad_out, grad_out_tokens_.at(r), channels_);
+        copy<V>(queries<const S>(call_.query, i + r, segment), query_tokens_.at(r), channels_);
+        copy<V>(queries<const S>(call_.grad_out, i + r, segment), grad_out_tokens_.at(r), channels_);
       }
       for (int64_t t = 0; t < segment.tile_count; ++t) differentiate(block, segment, t);
       for (int64_t key = 0; key < segment.key_count; key += kKeysAtOnce) {
@@ -122,12 +118,20 @@ class Backward {
     const int64_t dim = call_.dim, kernel_columns = call_.columns.kernel;
     T* weight = weight_.data + tile.first;
     T* grad = grad_logit_.data + tile.first;
-    const T* query = query_.data + tile.first;
-    const T* grad_out = grad_out_.data + tile.first;
-    score<V>(block, tile, query, query_.row, query_step_, keys_, key_step_, dim, &bias_, weight, weight_.row,
+    for (int r = 0; r < block.count; ++r) {
+      const T *query[V::kLanes], *grad_out[V::kLanes];
+      for (int i = 0; i < V::kLanes; ++i) {
+        const int64_t offset = (tile.first + min_of(i, tile.lanes - 1)) * channels_;
+        query[i] = query_tokens_.at(r) + offset;
+        grad_out[i] = grad_out_tokens_.at(r) + offset;
+      }
+      pack<V>(query, dim, T(call_.scale * kLog2E), query_ + r * dim * V::kLanes, V::kLanes);
+      pack<V>(grad_out, dim, T(1), grad_out_ + r * dim * V::kLanes, V::kLanes);
+    }
+    score<V>(block, tile, query_, dim * V::kLanes, V::kLanes, keys_, key_step_, dim, &bias_, weight, weight_.row,
              query_step_, kernel_columns);
-    score<V>(block, tile, grad_out, grad_out_.row, query_step_, values_, key_step_, dim, nullptr, grad, grad_logit_.row,
-             query_step_, kernel_columns);
+    score<V>(block, tile, grad_out_, dim * V::kLanes, V::kLanes, values_, key_step_, dim, nullptr, grad,
+             grad_logit_.row, query_step_, kernel_columns);
     for (int r = 0; r < block.count; ++r) softmax_gradient(block, segment, t, r);
     S* out[V::kRows][V::kLanes] = {};
     for (int r = 0; r < block.count; ++r) {
@@ -184,18 +188,18 @@ class Backward {
     const int64_t dim = call_.dim;
     const T* key = static_cast<const T*>(call_.pad_key) + item_.head * dim;
     const T* value = static_cast<const T*>(call_.pad_value) + item_.head * dim;
-    const V logit = dot_with_one<V>(query_.at(r) + pads.tile.first, query_step_, key, dim);
+    const V logit = dot_with_one<V>(query_ + r * dim * V::kLanes, V::kLanes, key, dim);
     pads.fill(weight, query_step_, logit, bias_.row(block.bias(r)), bias_.stride);
     // Only differences of these products matter. Relative to the padded keys' own, which may carry nearly all of the
     // weight, the others lose no digits.
-    const V padded = dot_with_one<V>(grad_out_.at(r) + pads.tile.first, query_step_, value, dim);
+    const V padded = dot_with_one<V>(grad_out_ + r * dim * V::kLanes, V::kLanes, value, dim);
     for (int64_t i = 0; i < window_; ++i) (V::load(grad + i * query_step_) - padded).store(grad + i * query_step_);
     pads.fill(grad, query_step_, V::zero());
   }
 
   // Moves what the padded keys get into their sums, and keeps what they give to the query's gradient.
   void take_pads(const PadWindow<V>& pads, int r, T* weight, T* grad, bool owned) {
-    const int64_t dim = call_.dim, first = pads.tile.first;
+    const int64_t dim = call_.dim;
     T lanes[2][V::kLanes];
     const V grad_logit = pads.take(grad, query_step_);
     grad_logit.store(padded_ + r * V::kLanes);
@@ -205,8 +209,8 @@ class Backward {
     if (!owned) return;
     for (int64_t d = 0; d < dim; ++d) {
       for (int i = 0; i < pads.tile.lanes; ++i) {
-        pad_sums_[d * V::kLanes + i] += lanes[0][i] * query_.at(r)[d * query_step_ + first + i];
-        pad_sums_[(dim + d) * V::kLanes + i] += lanes[1][i] * grad_out_.at(r)[d * query_step_ + first + i];
+        pad_sums_[d * V::kLanes + i] += lanes[0][i] * query_[(r * dim + d) * V::kLanes + i];
+        pad_sums_[(dim + d) * V::kLanes + i] += lanes[1][i] * grad_out_[(r * dim + d) * V::kLanes + i];
       }
     }
   }
@@ -283,10 +287,11 @@ class Backward {
   const int64_t window_, slots_, key_step_, query_step_, channels_;
   const Bias<V> bias_;
   const Ring<T> keys_, values_;                            // by place, [dim][key positions]
-  const Ring<T> query_, grad_out_;                         // by query row of the block, [dim][query positions]
   const Ring<T> key_tokens_, grad_keys_, grad_values_;     // by place, [key positions][channels]
   const Ring<T> query_tokens_, grad_out_tokens_;           // by query row of the block, [query positions][channels]
   const Ring<T> weight_, grad_logit_;                      // by query row of the block, [window][query positions]
+  T* const query_;      // [rows][dim][lanes] of a tile, scaled
+  T* const grad_out_;   // [rows][dim][lanes]
   T* const padded_;     // [rows][lanes]: the gradient of the padded keys' logits
   T* const pad_sums_;   // [key, value][dim][lanes]
   T* const bias_sums_;  // [tiles][bias rows][window columns][lanes]

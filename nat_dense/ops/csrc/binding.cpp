@@ -109,7 +109,7 @@ class Problem {
   void plan_columns(bool backward) {
     const int64_t element = accumulation == at::kDouble ? 8 : 4, ring = call.rows.kernel + kernels.rows - 1;
     int64_t column = 2 * ring * call.dim * element;  // bytes of packed rows per column
-    if (backward) column = 5 * column / 2 + 2 * kernels.rows * (2 * call.dim + call.rows.kernel * call.columns.kernel) * element;
+    if (backward) column = 5 * column / 2 + 2 * kernels.rows * (call.dim + call.rows.kernel * call.columns.kernel) * element;
     const int64_t width = (backward ? kBackwardCache : kForwardCache) / column;
     plan_ = std::make_unique<Plan>(call.columns, kernels.lanes, kernels.slots,
                                    max_of(round_up(width, kernels.lanes), 2 * kernels.lanes));

@@ -17,12 +17,11 @@ class Forward {
         segment_(call.segments[item.segment]),
         window_(call.rows.kernel * call.columns.kernel),
         key_step_(call.key_stride),
-        query_step_(call.query_stride),
         channels_(round_up(call.dim, V::kLanes)),
         bias_(call, item.head),
         keys_(arena, call.rows.kernel + V::kRows - 1, call.dim * key_step_),
         values_(arena, call.rows.kernel + V::kRows - 1, channels_ * key_step_),
-        query_(arena, V::kRows, call.dim * query_step_),
+        query_(arena.take<T>(V::kRows * call.dim * V::kLanes)),
         weight_(arena.take<T>(V::kRows * window_ * V::kLanes)),
         factor_(arena.take<T>(V::kRows * V::kLanes)),
         padded_(arena.take<T>(V::kRows * V::kLanes)) {}
@@ -44,11 +43,8 @@ class Forward {
     for (int64_t i = item_.begin; i < item_.end; i += V::kRows) {
       const RowBlock block(call_.rows, item_.group, i, item_.end, V::kRows);
       for (packed = max_of(packed, block.low); packed < block.high; ++packed) {
-        pack<V>(keys(call_.key, packed), T(1), keys_.at(packed), key_step_);
+        pack<V>(keys(call_.key, packed), keys_.at(packed), key_step_);
         copy<V>(keys(call_.value, packed), values_.at(packed), channels_);
-      }
-      for (int r = 0; r < block.count; ++r) {
-        pack<V>(queries<const S>(call_.query, i + r), T(call_.scale * kLog2E), query_.at(r), query_step_);
       }
       for (int64_t t = 0; t < segment_.tile_count; ++t) attend(block, segment_.tiles[t]);
     }
@@ -66,10 +62,12 @@ class Forward {
     const int64_t dim = call_.dim, lanes = V::kLanes, kernel_columns = call_.columns.kernel;
     S* out[V::kRows][V::kLanes];
     for (int r = 0; r < block.count; ++r) {
+      const auto query = queries<const S>(call_.query, block.begin + r);
+      pack<V>(query, tile.first, T(call_.scale * kLog2E), query_ + r * dim * lanes, lanes);
       const auto row = queries<S>(call_.out, block.begin + r);
       for (int i = 0; i < tile.lanes; ++i) row.fetch(out[r][i] = row.at(tile.first + i), dim);
     }
-    score<V>(block, tile, query_.data + tile.first, query_.row, query_step_, keys_, key_step_, dim, &bias_, weight_,
+    score<V>(block, tile, query_, dim * lanes, lanes, keys_, key_step_, dim, &bias_, weight_,
              window_ * lanes, lanes, kernel_columns);
     for (int r = 0; r < block.count; ++r) {
       store_lse(block.begin + r, tile, softmax(block, tile, r));
@@ -92,7 +90,7 @@ class Forward {
     const PadWindow<V> pads{tile, call_.rows.kernel, call_.columns.kernel, block.limit(r)};
     if (call_.pad_key) {
       const T* key = static_cast<const T*>(call_.pad_key) + item_.head * dim;
-      const V logit = dot_with_one<V>(query_.at(r) + tile.first, query_step_, key, dim);
+      const V logit = dot_with_one<V>(query_ + r * dim * lanes, lanes, key, dim);
       pads.fill(weight, lanes, logit, bias_.row(block.bias(r)), bias_.stride);
     }
     V most = V::load(weight), total = V::zero();
@@ -126,11 +124,11 @@ class Forward {
   const Call& call_;
   const Item& item_;
   const Segment& segment_;
-  const int64_t window_, key_step_, query_step_, channels_;
+  const int64_t window_, key_step_, channels_;
   const Bias<V> bias_;
   const Ring<T> keys_;    // by place, [dim][key positions]
   const Ring<T> values_;  // by place, [key positions][channels]
-  const Ring<T> query_;   // by query row of the block, [dim][query positions], scaled
+  T* const query_;        // [rows][dim][lanes], scaled
   T* const weight_;       // [rows][window][lanes]: logits, then weights
   T* const factor_;       // [rows][lanes]: one over the sum of the weights
   T* const padded_;       // [rows][lanes]: the padded keys' part of the sum

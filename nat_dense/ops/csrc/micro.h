@@ -1,6 +1,4 @@
-// The two loops that all the arithmetic is in, and the transposition of tokens into lanes and back.
-//
-// Packed buffers are [dim][position]: a vector holds one channel of consecutive positions. See README.md.
+// The loops that all the arithmetic is in, and the way of tokens into packed rows and back. See README.md.
 #pragma once
 
 #include "problem.h"
@@ -206,8 +204,10 @@ NAT_DENSE_INLINE void scatter_channels(const Scatter<V>& a, int64_t channel) {
 template <class V, int R>
 NAT_DENSE_NOINLINE void scatter_block(const Scatter<V>& a) {
   int64_t channel = 0;
-  for (; channel + V::kLanes < a.step; channel += 2 * V::kLanes) scatter_channels<V, R, 2>(a, channel);
-  if (channel < a.step) scatter_channels<V, R, 1>(a, channel);
+  for (; channel + V::kVectors * V::kLanes <= a.step; channel += V::kVectors * V::kLanes) {
+    scatter_channels<V, R, V::kVectors>(a, channel);
+  }
+  for (; channel < a.step; channel += V::kLanes) scatter_channels<V, R, 1>(a, channel);
 }
 
 template <class V, int R = V::kKeyRows>
@@ -257,28 +257,41 @@ void copy(Tokens<const S> tokens, typename V::scalar* out, int64_t step) {
   }
 }
 
-// Tokens -> [dim][step], times `factor`: lanes become positions. Whole vectors of positions are written; those past the
-// last repeat it.
+// A vector of tokens -> [dim][step], times `factor`: lanes become positions.
 template <class V, class S>
-void pack(Tokens<const S> tokens, typename V::scalar factor, typename V::scalar* out, int64_t step) {
+NAT_DENSE_INLINE void pack(const S* const (&token)[V::kLanes], int64_t dim, typename V::scalar factor,
+                           typename V::scalar* out, int64_t step) {
   constexpr int kLanes = V::kLanes;
   const V scale = V::broadcast(factor);
-  for (int64_t position = 0; position < tokens.count; position += kLanes) {
-    const int64_t last = tokens.count - 1 - position;
-    for (int i = 0; i < kLanes; ++i) tokens.look_ahead(position + i);
-    for (int64_t d = 0; d < tokens.dim; d += kLanes) {
-      const int64_t channels = min_of(kLanes, tokens.dim - d);
-      V block[kLanes];
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    const int64_t channels = min_of(kLanes, dim - d);
+    V block[kLanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) block[i] = V::load_part(tokens.at(position + min_of(i, last)) + d, channels);
-      V::transpose(block);
-      typename V::scalar* p = out + d * step + position;
+    for (int i = 0; i < kLanes; ++i) block[i] = V::load_part(token[i] + d, channels);
+    V::transpose(block);
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        if (i < channels) (block[i] * scale).store(p + i * step);
-      }
+    for (int i = 0; i < kLanes; ++i) {
+      if (i < channels) (block[i] * scale).store(out + (d + i) * step);
     }
   }
+}
+
+// The tokens from `position` on; those past the last repeat it.
+template <class V, class S>
+NAT_DENSE_INLINE void pack(const Tokens<const S>& tokens, int64_t position, typename V::scalar factor,
+                           typename V::scalar* out, int64_t step) {
+  const S* token[V::kLanes];
+  for (int i = 0; i < V::kLanes; ++i) {
+    tokens.look_ahead(position + i);
+    token[i] = tokens.at(min_of(position + i, tokens.count - 1));
+  }
+  pack<V>(token, tokens.dim, factor, out, step);
+}
+
+// All tokens, in whole vectors.
+template <class V, class S>
+void pack(Tokens<const S> tokens, typename V::scalar* out, int64_t step) {
+  for (int64_t i = 0; i < tokens.count; i += V::kLanes) pack<V>(tokens, i, typename V::scalar(1), out + i, step);
 }
 
 // [position][step], times `factor`, -> tokens. Those before position `begun` have a part of their sum already.

@@ -15,6 +15,7 @@ struct Avx2Vec {
   static constexpr int kRows = 3;
   static constexpr int kColumns = 4;  // 3 x 4 sums, 3 queries and a key are the sixteen registers
   static constexpr int kKeyRows = 6;
+  static constexpr int kVectors = 2;
   __m256 v;
 
   static NAT_DENSE_INLINE Avx2Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }

@@ -14,7 +14,8 @@ struct Avx512Vec {
   static constexpr int kSlots = 32;    // Window<false> picks from two registers
   static constexpr int kRows = 3;      // 3 x 7 sums, 3 queries and a key leave registers to spare
   static constexpr int kColumns = 7;
-  static constexpr int kKeyRows = 7;   // two vectors each, and room for longer windows in several turns
+  static constexpr int kKeyRows = 7;
+  static constexpr int kVectors = 2;
   __m512 v;
 
   static NAT_DENSE_INLINE Avx512Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }

@@ -1,7 +1,10 @@
 // A vector of N lanes in plain C++: compilers turn it into whatever the target has.
 //
 // Every vector type of this folder offers the same members, and the algorithm is written on those alone:
-//   scalar, kLanes, kSlots, kRows, kColumns, kKeyRows; zero, broadcast, load, store; + - * /, fma, max; exp2, log2; held;
+//   scalar; kLanes; kSlots, the keys that a tile may reach (0: any number); kRows, the query rows of a block; kColumns,
+//   the window columns whose products are summed at once; kVectors, the vectors of channels that are, and kKeyRows, in
+//   how many key rows: as many as the registers hold;
+//   zero, broadcast, load, store; + - * /, fma, max; exp2, log2; held;
 //   Window<straight>: the keys of a tile, column by column; transpose; load_part, store_part (with conversion).
 #pragma once
 
@@ -63,7 +66,8 @@ struct GenericVec {
   static constexpr int kSlots = 0;
   static constexpr int kRows = 3;
   static constexpr int kColumns = 3;
-  static constexpr int kKeyRows = 4;
+  static constexpr int kKeyRows = 3;
+  static constexpr int kVectors = 4;
 #if defined(__GNUC__)
   typedef T Lanes __attribute__((vector_size(N * sizeof(T))));
 #else

@@ -233,8 +233,10 @@ class Gather {
   template <int Q, class Start, class Finish>
   NAT_DENSE_INLINE void channels(int lane, Start& start, Finish& finish) const {
     int64_t d = 0;
-    for (; d + V::kLanes < step_; d += 2 * V::kLanes) sums<Q, 2>(lane, d, start, finish);
-    if (d < step_) sums<Q, 1>(lane, d, start, finish);
+    for (; d + V::kVectors * V::kLanes <= step_; d += V::kVectors * V::kLanes) {
+      sums<Q, V::kVectors>(lane, d, start, finish);
+    }
+    for (; d < step_; d += V::kLanes) sums<Q, 1>(lane, d, start, finish);
   }
 
   template <int Q, int D, class Start, class Finish>
