@@ -210,6 +210,13 @@ def test_outputs_share_no_memory():
     assert len({t.data_ptr() for t in everything}) == len(everything)
 
 
+@needs_kernels
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_results_that_pass_by_the_caches(variant):
+    case = Case("beyond 8 MiB, two segments", (260, 264), (3, 3), heads=1)
+    assert_close(run(case, torch.float32, f"cpu:{variant}"), expected(case, torch.float32), TOLERANCE[torch.float32])
+
+
 LARGE = Case("beyond 32 MiB", (520, 512), (3, 3), heads=1, rpb=False)
 
 

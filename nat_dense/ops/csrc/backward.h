@@ -53,6 +53,7 @@ class Backward {
       const int64_t* begun = i ? (&segment)[-1].key_column + (&segment)[-1].key_count : segment.key_column;
       pass.run(segment, begun - segment.key_column);
     }
+    V::fence();
   }
 
  private:
@@ -133,10 +134,14 @@ class Backward {
     score<V>(block, tile, grad_out_, dim * V::kLanes, V::kLanes, values_, key_step_, dim, nullptr, grad,
              grad_logit_.row, query_step_, kernel_columns);
     for (int r = 0; r < block.count; ++r) softmax_gradient(block, segment, t, r);
+    const bool stream = streams<V, S>(call_);
     S* out[V::kRows][V::kLanes] = {};
     for (int r = 0; r < block.count; ++r) {
       const auto row = queries<S>(call_.grad_query, block.begin + r, segment);
-      for (int i = 0; i < tile.lanes && owns(block.begin + r); ++i) row.fetch(out[r][i] = row.at(tile.first + i), dim);
+      for (int i = 0; i < tile.lanes && owns(block.begin + r); ++i) {
+        out[r][i] = row.at(tile.first + i);
+        if (!stream) row.fetch(out[r][i], dim);
+      }
     }
     const T* pad_key = call_.pad_key ? static_cast<const T*>(call_.pad_key) + item_.head * dim : nullptr;
     const V scale = V::broadcast(T(call_.scale));
@@ -146,7 +151,7 @@ class Backward {
           return pad_key ? V::broadcast(padded_[r * V::kLanes + lane]) * V::load_part(pad_key + d, dim - d) : V::zero();
         },
         [&](int r, int lane, int64_t d, V sum) NAT_DENSE_INLINE_LAMBDA {
-          if (out[r][lane]) (sum * scale).store_part(out[r][lane] + d, dim - d);
+          if (out[r][lane]) write(sum * scale, out[r][lane] + d, dim - d, stream);
         });
   }
 
@@ -253,8 +258,9 @@ class Backward {
   void flush(const Segment& segment, int64_t place, int64_t begun) {
     if (!owns(place)) return;
     const T scale = T(call_.scale);
-    put<V>(grad_keys_.at(place), channels_, scale, keys<T>(call_.grad_key, place, segment), begun);
-    put<V>(grad_values_.at(place), channels_, T(1), keys<T>(call_.grad_value, place, segment), begun);
+    const bool stream = streams<V, T>(call_);
+    put<V>(grad_keys_.at(place), channels_, scale, keys<T>(call_.grad_key, place, segment), begun, stream);
+    put<V>(grad_values_.at(place), channels_, T(1), keys<T>(call_.grad_value, place, segment), begun, stream);
   }
 
   void add_partials(const Segment& segment) {

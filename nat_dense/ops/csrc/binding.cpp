@@ -24,6 +24,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kBiasStride = 32;            // holds 2 * 13 - 1 columns, and all that a Window reads
 constexpr int64_t kForwardCache = 512 << 10;   // bytes of packed rows that should stay in a core's second-level cache
+constexpr int64_t kStreamed = 8 << 20;         // bytes of results: with all inputs, what a last-level cache may hold
 constexpr int64_t kBackwardCache = 1024 << 10;
 
 // What this processor can run, the fastest first. torch knows; ATEN_CPU_CAPABILITY lowers it for both.
@@ -70,6 +71,7 @@ class Problem {
     call.heads = query.size(3);
     call.dim = query.size(4);
     call.scale = scale;
+    call.stream = query.numel() * c10::elementSize(accumulation) > kStreamed;
     call.query = input(query);
     call.key = input(key);
     call.value = input(value);

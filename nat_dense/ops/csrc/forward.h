@@ -15,6 +15,7 @@ class Forward {
       : call_(call),
         item_(item),
         segment_(call.segments[item.segment]),
+        stream_(streams<V, S>(call)),
         window_(call.rows.kernel * call.columns.kernel),
         key_step_(call.key_stride),
         channels_(round_up(call.dim, V::kLanes)),
@@ -48,6 +49,7 @@ class Forward {
       }
       for (int64_t t = 0; t < segment_.tile_count; ++t) attend(block, segment_.tiles[t]);
     }
+    if (stream_) V::fence();
   }
 
   Tokens<const S> keys(const Map& map, int64_t place) const {
@@ -65,7 +67,10 @@ class Forward {
       const auto query = queries<const S>(call_.query, block.begin + r);
       pack<V>(query, tile.first, T(call_.scale * kLog2E), query_ + r * dim * lanes, lanes);
       const auto row = queries<S>(call_.out, block.begin + r);
-      for (int i = 0; i < tile.lanes; ++i) row.fetch(out[r][i] = row.at(tile.first + i), dim);
+      for (int i = 0; i < tile.lanes; ++i) {
+        out[r][i] = row.at(tile.first + i);
+        if (!stream_) row.fetch(out[r][i], dim);
+      }
     }
     score<V>(block, tile, query_, dim * lanes, lanes, keys_, key_step_, dim, &bias_, weight_,
              window_ * lanes, lanes, kernel_columns);
@@ -79,7 +84,7 @@ class Forward {
           return pad_value ? V::broadcast(padded_[r * lanes + lane]) * V::load_part(pad_value + d, dim - d) : V::zero();
         },
         [&](int r, int lane, int64_t d, V sum) NAT_DENSE_INLINE_LAMBDA {
-          (sum * V::broadcast(factor_[r * lanes + lane])).store_part(out[r][lane] + d, dim - d);
+          write(sum * V::broadcast(factor_[r * lanes + lane]), out[r][lane] + d, dim - d, stream_);
         });
   }
 
@@ -124,6 +129,7 @@ class Forward {
   const Call& call_;
   const Item& item_;
   const Segment& segment_;
+  const bool stream_;
   const int64_t window_, key_step_, channels_;
   const Bias<V> bias_;
   const Ring<T> keys_;    // by place, [dim][key positions]

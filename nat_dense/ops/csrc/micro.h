@@ -1,6 +1,8 @@
 // The loops that all the arithmetic is in, and the way of tokens into packed rows and back. See README.md.
 #pragma once
 
+#include <type_traits>
+
 #include "problem.h"
 #include "vec_generic.h"
 
@@ -294,17 +296,32 @@ void pack(Tokens<const S> tokens, typename V::scalar* out, int64_t step) {
   for (int64_t i = 0; i < tokens.count; i += V::kLanes) pack<V>(tokens, i, typename V::scalar(1), out + i, step);
 }
 
+// Whether results that are stored as S go past the caches: whole aligned vectors of the type that is computed in can.
+template <class V, class S>
+bool streams(const Call& call) {
+  return call.stream && std::is_same<S, typename V::scalar>::value && call.dim % V::kLanes == 0;
+}
+
+template <class V, class S>
+NAT_DENSE_INLINE void write(V x, S* p, int64_t count, bool stream) {
+  if constexpr (std::is_same<S, typename V::scalar>::value) {
+    if (stream) return x.stream(p);
+  }
+  x.store_part(p, count);
+}
+
 // [position][step], times `factor`, -> tokens. Those before position `begun` have a part of their sum already.
 template <class V, class S>
-void put(const typename V::scalar* in, int64_t step, typename V::scalar factor, Tokens<S> tokens, int64_t begun) {
+void put(const typename V::scalar* in, int64_t step, typename V::scalar factor, Tokens<S> tokens, int64_t begun,
+         bool stream) {
   const V scale = V::broadcast(factor);
   for (int64_t i = 0; i < tokens.count; ++i, in += step) {
-    tokens.look_ahead(i);
+    if (!stream) tokens.look_ahead(i);
     S* token = tokens.at(i);
     for (int64_t d = 0; d < tokens.dim; d += V::kLanes) {
       V sum = V::load(in + d) * scale;
       if (i < begun) sum = sum + V::load_part(token + d, tokens.dim - d);
-      sum.store_part(token + d, tokens.dim - d);
+      write(sum, token + d, tokens.dim - d, stream);
     }
   }
 }

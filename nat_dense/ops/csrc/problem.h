@@ -93,6 +93,8 @@ struct Call {
   int64_t segment_count;
   int64_t query_stride, key_stride;  // row lengths of packed buffers, the same for all segments
 
+  bool stream;  // results are too many for the caches: they needn't pass through them
+
   Map out;    // forward
   void* lse;  // accumulation type, [B, H, W, heads]
 

@@ -22,6 +22,8 @@ struct Avx2Vec {
   static NAT_DENSE_INLINE Avx2Vec zero() { return {_mm256_setzero_ps()}; }
   static NAT_DENSE_INLINE Avx2Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
   NAT_DENSE_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
+  NAT_DENSE_INLINE void stream(float* p) const { _mm256_stream_ps(p, v); }
+  static void fence() { _mm_sfence(); }
 
   friend NAT_DENSE_INLINE Avx2Vec operator+(Avx2Vec a, Avx2Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
   friend NAT_DENSE_INLINE Avx2Vec operator-(Avx2Vec a, Avx2Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }

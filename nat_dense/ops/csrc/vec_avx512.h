@@ -22,6 +22,8 @@ struct Avx512Vec {
   static NAT_DENSE_INLINE Avx512Vec zero() { return {_mm512_setzero_ps()}; }
   static NAT_DENSE_INLINE Avx512Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
   NAT_DENSE_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
+  NAT_DENSE_INLINE void stream(float* p) const { _mm512_stream_ps(p, v); }
+  static void fence() { _mm_sfence(); }
 
   friend NAT_DENSE_INLINE Avx512Vec operator+(Avx512Vec a, Avx512Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend NAT_DENSE_INLINE Avx512Vec operator-(Avx512Vec a, Avx512Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }

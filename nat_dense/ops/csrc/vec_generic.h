@@ -4,7 +4,8 @@
 //   scalar; kLanes; kSlots, the keys that a tile may reach (0: any number); kRows, the query rows of a block; kColumns,
 //   the window columns whose products are summed at once; kVectors, the vectors of channels that are, and kKeyRows, in
 //   how many key rows: as many as the registers hold;
-//   zero, broadcast, load, store; + - * /, fma, max; exp2, log2; held;
+//   zero, broadcast, load, store; stream, a store to an aligned address that passes by the caches, and fence after the
+//   last of them; + - * /, fma, max; exp2, log2; held;
 //   Window<straight>: the keys of a tile, column by column; transpose; load_part, store_part (with conversion).
 #pragma once
 
@@ -95,6 +96,8 @@ struct GenericVec {
     return r;
   }
   NAT_DENSE_INLINE void store(T* p) const { memcpy(p, &v, sizeof(v)); }
+  NAT_DENSE_INLINE void stream(T* p) const { store(p); }
+  static void fence() {}
 
 #if defined(__GNUC__)
   friend NAT_DENSE_INLINE GenericVec operator+(GenericVec a, GenericVec b) { return {a.v + b.v}; }
