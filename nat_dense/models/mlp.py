@@ -77,7 +77,11 @@ class _Mlp(torch.autograd.Function):
                 of_first = grad_weight1, sums.to(bias1.dtype)
             else:
                 of_second = parameter_gradients(F.gelu(before), weight2, grad, needs_bias2)
-                grad_before = torch.ops.aten.gelu_backward(linear(grad, weight2.t(), None), before)
+                grad_after = linear(grad, weight2.t(), None)
+                if twice or torch._C._functorch.is_legacy_batchedtensor(grad_after):
+                    grad_before = torch.ops.aten.gelu_backward(grad_after, before)
+                else:  # in its place: one wide map less
+                    grad_before = torch.ops.aten.gelu_backward.grad_input(grad_after, before, grad_input=grad_after)
                 of_first = parameter_gradients(x, weight1, grad_before, needs_bias1)
             grad_x = linear(grad_before, weight1.t(), None) if needs_x else None
         return grad_x, *of_first, *of_second
