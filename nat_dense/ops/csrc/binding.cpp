@@ -24,8 +24,9 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kBiasStride = 32;            // holds 2 * 13 - 1 columns, and all that a Window reads
 constexpr int64_t kForwardCache = 512 << 10;   // bytes of packed rows that should stay in a core's second-level cache
-constexpr int64_t kStreamed = 8 << 20;         // bytes of results: with all inputs, what a last-level cache may hold
 constexpr int64_t kBackwardCache = 1024 << 10;
+constexpr int64_t kStreamed = 8 << 20;         // bytes of results: with all inputs, what a last-level cache may hold
+constexpr int64_t kLargestKernel = 13;
 
 // What this processor can run, the fastest first. torch knows; ATEN_CPU_CAPABILITY lowers it for both.
 std::vector<std::string> instruction_sets() {
@@ -65,6 +66,7 @@ class Problem {
         kernels(kernels_for(isa, type)) {
     TORCH_CHECK(query.dim() == 5 && query.numel() > 0 && query.sizes() == key.sizes() && query.sizes() == value.sizes(),
                 "expected three tensors of one shape [B, H, W, heads, head_dim]");
+    TORCH_CHECK(std::max(kernel_size[0], kernel_size[1]) <= kLargestKernel, "a kernel of more than ", kLargestKernel);
     call.rows = {query.size(1), kernel_size[0], dilation[0]};
     call.columns = {query.size(2), kernel_size[1], dilation[1]};
     call.batch = query.size(0);
@@ -110,8 +112,9 @@ class Problem {
 
   void plan_columns(bool backward) {
     const int64_t element = accumulation == at::kDouble ? 8 : 4, ring = call.rows.kernel + kernels.rows - 1;
-    int64_t column = 2 * ring * call.dim * element;  // bytes of packed rows per column
-    if (backward) column = 5 * column / 2 + 2 * kernels.rows * (call.dim + call.rows.kernel * call.columns.kernel) * element;
+    const int64_t dim = round_up(call.dim, kernels.lanes);
+    int64_t column = 2 * ring * dim * element;  // bytes of packed rows per column
+    if (backward) column = 5 * column / 2 + 2 * kernels.rows * (dim + call.rows.kernel * call.columns.kernel) * element;
     const int64_t width = (backward ? kBackwardCache : kForwardCache) / column;
     plan_ = std::make_unique<Plan>(call.columns, kernels.lanes, kernels.slots,
                                    max_of(round_up(width, kernels.lanes), 2 * kernels.lanes));

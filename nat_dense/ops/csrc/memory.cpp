@@ -12,13 +12,14 @@
 #include <list>
 #include <memory>
 #include <mutex>
+#include <new>
 
 #include "problem.h"
 
 namespace nat_dense {
 namespace {
 
-constexpr size_t kLarge = 32 << 20, kMostKept = 256 << 20, kHugePage = 2 << 20;
+constexpr size_t kLarge = 32 << 20, kMostKept = 256 << 20;
 
 struct Block {
   void* data;
@@ -33,6 +34,7 @@ class KeptMemory final : public c10::Allocator {
   }
 
   c10::DataPtr allocate(size_t size) override {
+    if (size <= kLarge) return c10::GetAllocator(c10::DeviceType::CPU)->allocate(size);  // a storage of ours was made smaller
     auto block = std::make_unique<Block>(Block{nullptr, size});
     if (!take(block.get())) block->data = map(size);
     void* const data = block->data;
@@ -46,7 +48,8 @@ class KeptMemory final : public c10::Allocator {
     std::lock_guard<std::mutex> guard(mutex_);
     auto best = kept_.end();
     for (auto i = kept_.begin(); i != kept_.end(); ++i) {
-      if (block->size <= i->size && i->size < 2 * block->size && (best == kept_.end() || i->size < best->size)) best = i;
+      const bool fits = block->size <= i->size && i->size < 2 * block->size;
+      if (fits && (best == kept_.end() || i->size <= best->size)) best = i;  // the last one: it may still be in a cache
     }
     if (best == kept_.end()) return false;
     *block = *best;
@@ -58,30 +61,41 @@ class KeptMemory final : public c10::Allocator {
   static void* map(size_t size) {
     void* const data = c10::alloc_cpu(size);
 #if defined(__linux__)
+    constexpr size_t kHugePage = 2 << 20;
     const auto begin = reinterpret_cast<uintptr_t>(data);
     const uintptr_t first = round_up(begin, kHugePage), last = (begin + size) / kHugePage * kHugePage;
     madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: what it returns doesn't matter
     // Threads that reach a page at the same time would clear it once each.
-    at::parallel_for(0, static_cast<int64_t>((last - first) / kHugePage), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) *reinterpret_cast<volatile char*>(first + i * kHugePage) = 0;
+    at::parallel_for(0, static_cast<int64_t>((last - first) / kHugePage), 1, [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i) *reinterpret_cast<volatile char*>(first + i * kHugePage) = 0;
     });
 #endif
     return data;
   }
 
-  static void give_back(void* context) {
+  static void give_back(void* context) noexcept {
     const std::unique_ptr<Block> block(static_cast<Block*>(context));
-    get().keep(*block);
+    std::list<Block> surplus;
+    try {
+      surplus = get().keep(*block);
+    } catch (const std::bad_alloc&) {  // of the list's node
+      c10::free_cpu(block->data);
+    }
+    for (const Block& old : surplus) c10::free_cpu(old.data);
   }
 
-  void keep(const Block& block) {
+  // Returns what is too much then: the block if it is alone too large, or the oldest.
+  std::list<Block> keep(const Block& block) {
+    std::list<Block> node{block}, surplus;
+    if (block.size > kMostKept) return node;
     std::lock_guard<std::mutex> guard(mutex_);
-    kept_.push_back(block);
     kept_size_ += block.size;
-    for (; kept_size_ > kMostKept; kept_.pop_front()) {  // the oldest
+    kept_.splice(kept_.end(), node);
+    while (kept_size_ > kMostKept) {
       kept_size_ -= kept_.front().size;
-      c10::free_cpu(kept_.front().data);
+      surplus.splice(surplus.end(), kept_, kept_.begin());
     }
+    return surplus;
   }
 
   std::mutex mutex_;

@@ -122,10 +122,9 @@ NAT_DENSE_INLINE void add_row(const typename V::scalar* (&weight)[V::kRows], int
   value += (Q - 1) * value_step;
   for (int c = 0; c < columns; ++c) {
 #pragma GCC unroll 8
-    for (int d = 0; d < D; ++d) y[Q - 1][d] = V::held(V::load(value + d * V::kLanes));
-    value += value_step;
-#pragma GCC unroll 8
     for (int q = 0; q < Q; ++q) {
+#pragma GCC unroll 8
+      for (int d = 0; d < D && q == Q - 1; ++d) y[q][d] = V::held(V::load(value + d * V::kLanes));  // not earlier: registers
 #pragma GCC unroll 8
       for (int r = First; r < Last; ++r) {
         const V factor = V::held(V::broadcast(w[r][q]));
@@ -140,6 +139,7 @@ NAT_DENSE_INLINE void add_row(const typename V::scalar* (&weight)[V::kRows], int
     }
 #pragma GCC unroll 8
     for (int r = First; r < Last; ++r) w[r] += weight_step;
+    value += value_step;
   }
 }
 
@@ -296,10 +296,10 @@ void pack(Tokens<const S> tokens, typename V::scalar* out, int64_t step) {
   for (int64_t i = 0; i < tokens.count; i += V::kLanes) pack<V>(tokens, i, typename V::scalar(1), out + i, step);
 }
 
-// Whether results that are stored as S go past the caches: whole aligned vectors of the type that is computed in can.
+// Whether results that are stored as S go past the caches: whole lines of the type that is computed in can.
 template <class V, class S>
 bool streams(const Call& call) {
-  return call.stream && std::is_same<S, typename V::scalar>::value && call.dim % V::kLanes == 0;
+  return call.stream && std::is_same<S, typename V::scalar>::value && call.dim * sizeof(S) % 64 == 0;
 }
 
 template <class V, class S>

@@ -53,7 +53,7 @@ Tokens<S> tokens_of(const Call& call, const Item& item, const Map& map, int64_t 
 class RowBlock {
  public:
   static constexpr int kMostRows = 4;
-  static constexpr int kMostPlaces = 13 + kMostRows - 1;  // of the largest kernel
+  static constexpr int kMostPlaces = 13 + kMostRows - 1;  // 13: the largest kernel that the binding lets through
 
   RowBlock(const Axis& axis, int64_t group, int64_t begin, int64_t end, int most)
       : begin(begin), count(static_cast<int>(min_of(most, end - begin))), kernel_(axis.kernel) {
