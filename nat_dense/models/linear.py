@@ -8,11 +8,14 @@ same bits.
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from nat_dense.ops import cpu
 from nat_dense.ops.functional import is_transformed
 
 
@@ -72,28 +75,13 @@ def parameter_gradients(x: Tensor, weight: Tensor, grad: Tensor, needs_bias: boo
         grad: [..., out_features], of the output.
         needs_bias: Whether the bias's is wanted; else None takes its place.
 
-    On oneDNN, for many tokens as those of a convolution of one pixel: its own product would lay out both operands anew,
-    for it sums over what varies slowest in memory; its convolution lays out the result only. A kernel of one pixel has
-    no dilation, but one that says so is what torch hands to oneDNN on any number of threads, unless it is very small.
+    A sum over tokens goes along what varies slowest in memory: libraries lay out both operands anew for it. Our kernel
+    takes them as they come; it has no gradient of its own.
     """
-    if not suits_onednn(x, weight) or x.shape[:-1].numel() <= min(weight.shape):
-        tokens = _tokens(grad)
-        return linear(tokens.t(), _tokens(x).t(), None), tokens.sum(0) if needs_bias else None
-    x, grad = (t if t.dim() == 4 else _tokens(t)[None, None] for t in (x, grad))
-    found = torch.ops.aten.convolution_backward(
-        grad.permute(0, 3, 1, 2),
-        x.permute(0, 3, 1, 2),
-        weight[:, :, None, None],
-        [len(weight)],
-        stride=[1, 1],
-        padding=[0, 0],
-        dilation=[2, 2],
-        transposed=False,
-        output_padding=[0, 0],
-        groups=1,
-        output_mask=[False, True, needs_bias],
-    )
-    return found[1][:, :, 0, 0], found[2]
+    if suits_onednn(x, weight) and not torch.is_grad_enabled() and cpu.is_available():
+        return cpu.linear_gradient(grad, x, needs_bias)
+    tokens = _tokens(grad)
+    return linear(tokens.t(), _tokens(x).t(), None), tokens.sum(0) if needs_bias else None
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -130,3 +118,10 @@ if _HAS_ONEDNN:
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def _flops(x_shape, weight_shape, *settings, out_shape=None, **named) -> int:
         return 2 * out_shape.numel() * weight_shape[1]
+
+
+if cpu.is_available():
+
+    @register_flop_formula(torch.ops.nat_dense_cpu.linear_gradient)
+    def _gradient_flops(grad_shape, x_shape, *settings, out_shape=None, **named) -> int:
+        return 2 * prod(grad_shape) * x_shape[-1]

@@ -104,3 +104,24 @@ def backward(
         )
     )
     return next(gradients), *(None if t is None else next(gradients) for t in (rpb, pad_key, pad_value))
+
+
+def linear_gradient(grad: Tensor, x: Tensor, needs_bias: bool, variant: str = "") -> tuple[Tensor, Tensor | None]:
+    """The gradients of the weight and the bias of a linear layer, where `is_available`. Without gradients of their own.
+
+    Args:
+        grad: [..., out_features], of the output; float32 or float64, as x.
+        x: [..., in_features].
+        needs_bias: Whether the bias's is wanted; else None takes its place.
+        variant: One of `VARIANTS`; without one the best that the processor has.
+
+    Returns:
+        [out_features, in_features] and [out_features].
+    """
+    weight, bias = torch.ops.nat_dense_cpu.linear_gradient(grad, x, needs_bias, variant)
+    return weight, bias if needs_bias else None
+
+
+def is_available() -> bool:
+    """Whether the kernels are built and load."""
+    return _load() is None

@@ -27,6 +27,8 @@ constexpr int64_t kForwardCache = 512 << 10;   // bytes of packed rows that shou
 constexpr int64_t kBackwardCache = 1024 << 10;
 constexpr int64_t kStreamed = 8 << 20;         // bytes of results: with all inputs, what a last-level cache may hold
 constexpr int64_t kLargestKernel = 13;
+constexpr int64_t kLeastProducts = 1 << 18;    // multiply-adds that are worth another thread
+constexpr double kProductsPerMove = 8;         // multiply-adds in the time that an element takes from memory and back
 
 // What this processor can run, the fastest first. torch knows; ATEN_CPU_CAPABILITY lowers it for both.
 std::vector<std::string> instruction_sets() {
@@ -226,6 +228,74 @@ std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& query, const 
   return gradients;
 }
 
+// How the work on a weight is shared out: its outputs and its tokens, each in so many parts.
+struct Parts {
+  int64_t outputs, tokens;
+
+  // Parts of outputs copy the same inputs, parts of tokens add up to one matrix: the way that moves fewer numbers.
+  Parts(const LinearCall& call) : outputs(1), tokens(1) {
+    const int64_t products = call.tokens * call.outputs * call.inputs;
+    const int64_t workers = min_of(at::get_num_threads(), ceil_div(products, kLeastProducts));
+    double least = 0;
+    for (int64_t parts = 1; parts <= min_of(workers, call.tokens); ++parts) {
+      const int64_t of_outputs = min_of(workers / parts, call.outputs);
+      const double copied = static_cast<double>(ceil_div(call.tokens, parts)) *
+                            static_cast<double>(call.inputs + ceil_div(call.outputs, of_outputs));
+      const double summed = parts == 1 ? 0 : 2.0 * static_cast<double>(call.outputs * call.inputs * parts / workers);
+      // Workers that the parts leave idle count as well.
+      const double cost = (copied + summed + static_cast<double>(products / (parts * of_outputs)) / kProductsPerMove);
+      if (parts > 1 && cost >= least) continue;
+      least = cost;
+      tokens = parts;
+      outputs = of_outputs;
+    }
+  }
+};
+
+// [..., channels] -> [tokens, channels] with unit stride.
+Tensor tokens_of(const Tensor& t) {
+  const Tensor tokens = t.reshape({-1, t.size(-1)});
+  return tokens.stride(1) == 1 ? tokens : tokens.contiguous();
+}
+
+std::tuple<Tensor, Tensor> linear_gradient(const Tensor& grad_out, const Tensor& input, bool needs_bias, std::string isa) {
+  const at::ScalarType type = input.scalar_type();
+  TORCH_CHECK((type == at::kFloat || type == at::kDouble) && grad_out.scalar_type() == type, "expected float or double");
+  TORCH_CHECK(grad_out.dim() > 0 && input.dim() > 0 && grad_out.numel() > 0 && input.numel() > 0,
+              "expected [..., outputs] and [..., inputs]");
+  const Tensor grad = tokens_of(grad_out), x = tokens_of(input);
+  TORCH_CHECK(grad.size(0) == x.size(0), "expected as many tokens in both");
+  LinearCall whole{};
+  whole.tokens = x.size(0), whole.outputs = grad.size(1), whole.inputs = x.size(1);
+  whole.grad_step = grad.stride(0), whole.x_step = x.stride(0), whole.weight_step = whole.inputs;
+  const Parts parts(whole);
+  const Kernels& kernels = kernels_for(isa, type);
+  Tensor weight = at::empty({parts.tokens, whole.outputs, whole.inputs}, type);
+  Tensor bias = at::empty({parts.tokens, needs_bias ? whole.outputs : 0}, type);
+  const int64_t element = c10::elementSize(type);
+  const auto at = [&](const void* p, int64_t index) { return static_cast<char*>(const_cast<void*>(p)) + index * element; };
+  const auto share = [](int64_t total, int64_t parts, int64_t i) { return total * i / parts; };
+  const void *grad_data = grad.const_data_ptr(), *x_data = x.const_data_ptr();
+  void *weight_data = weight.mutable_data_ptr(), *bias_data = bias.mutable_data_ptr();
+  at::parallel_for(0, parts.tokens * parts.outputs, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t part = i / parts.outputs, of_outputs = i % parts.outputs;
+      const int64_t token = share(whole.tokens, parts.tokens, part), output = share(whole.outputs, parts.outputs, of_outputs);
+      LinearCall call = whole;
+      call.tokens = share(whole.tokens, parts.tokens, part + 1) - token;
+      call.outputs = share(whole.outputs, parts.outputs, of_outputs + 1) - output;
+      call.grad = at(grad_data, token * call.grad_step + output);
+      call.x = at(x_data, token * call.x_step);
+      call.weight = at(weight_data, (part * whole.outputs + output) * whole.inputs);
+      call.bias = needs_bias ? at(bias_data, part * whole.outputs + output) : nullptr;
+      const Tensor memory = at::empty({kernels.linear_scratch(call)}, at::kByte);
+      kernels.linear_gradient(call, memory.mutable_data_ptr());
+    }
+  });
+  const auto total = [&](const Tensor& t) { return parts.tokens == 1 ? t.squeeze(0) : t.sum(0); };
+  return {total(weight), total(bias)};
+}
+
 TORCH_LIBRARY(nat_dense_cpu, m) {
   m.def("instruction_sets() -> str[]", &instruction_sets);
   m.def(
@@ -234,11 +304,13 @@ TORCH_LIBRARY(nat_dense_cpu, m) {
   m.def(
       "backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? rpb, Tensor? pad_key, "
       "Tensor? pad_value, Tensor lse, int[2] kernel_size, int[2] dilation, float scale, str isa) -> Tensor[]");
+  m.def("linear_gradient(Tensor grad_out, Tensor input, bool needs_bias, str isa) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(nat_dense_cpu, CPU, m) {
   m.impl("forward", &forward);
   m.impl("backward", &backward);
+  m.impl("linear_gradient", &linear_gradient);
 }
 
 }  // namespace

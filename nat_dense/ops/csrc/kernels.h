@@ -3,14 +3,22 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "linear.h"
 
 namespace nat_dense {
 namespace {
 
 template <class V, class S>
 constexpr Kernels kernels_of() {
-  return {V::kLanes,          V::kSlots,          V::kRows, &Forward<V, S>::scratch, &Forward<V, S>::run,
-          &Backward<V, S>::scratch, &Backward<V, S>::run};
+  return {V::kLanes,
+          V::kSlots,
+          V::kRows,
+          &Forward<V, S>::scratch,
+          &Forward<V, S>::run,
+          &Backward<V, S>::scratch,
+          &Backward<V, S>::run,
+          &LinearGradient<V>::scratch,
+          &LinearGradient<V>::run};
 }
 
 }  // namespace

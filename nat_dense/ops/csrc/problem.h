@@ -116,6 +116,17 @@ struct Partial {
   double* pad_value;
 };
 
+// The gradients of a linear layer's weight and bias, of some outputs over some tokens. All of one type.
+struct LinearCall {
+  int64_t tokens, outputs, inputs;
+  const void* grad;  // [tokens][grad_step], of the output
+  const void* x;     // [tokens][x_step]
+  int64_t grad_step, x_step;
+  void* weight;  // [outputs][weight_step]
+  int64_t weight_step;
+  void* bias;  // [outputs]; null if it isn't wanted
+};
+
 // The kernels of one instruction set for one storage type.
 struct Kernels {
   int64_t lanes;
@@ -125,6 +136,8 @@ struct Kernels {
   void (*forward)(const Call&, const Item&, void* scratch);
   int64_t (*backward_scratch)(const Call&);
   void (*backward)(const Call&, const Item&, const Partial&, void* scratch);
+  int64_t (*linear_scratch)(const LinearCall&);  // in the type that is computed in, whatever the storage
+  void (*linear_gradient)(const LinearCall&, void* scratch);
 };
 
 enum Storage { kFloat32, kBFloat16, kFloat64, kStorages };
