@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nat_dense.hf.configuration import NatConfig, dilations_of
 from nat_dense.models.attention import attend
-from nat_dense.models.layers import ConvDownsampler, ConvTokenizer, DropPath, in_runs, scaled
+from nat_dense.models.layers import ConvDownsampler, ConvTokenizer, DropPath, in_runs
 from nat_dense.models.linear import Linear
 from nat_dense.ops import reference
 from nat_dense.ops.problem import completed_size
@@ -92,8 +92,7 @@ class SelfAttention(nn.Module):
             self.dilation,
             self.rpb,
             self.scale,
-            key_bias=self.key.bias,
-            value_bias=self.value.bias,
+            bias=(self.query.bias, self.key.bias, self.value.bias),
             dropout=self.dropout.p if self.training else 0.0,
         )
         return out.flatten(-2), None
@@ -172,9 +171,9 @@ class Layer(GradientCheckpointingLayer):
 
     def _add_branches(self, tokens: Tensor, attended: Tensor) -> Tensor:
         scales = (None, None) if self.layer_scale_parameters is None else self.layer_scale_parameters.unbind()
-        tokens = tokens + self.drop_path(scaled(attended, scales[0]))
+        tokens = self.drop_path(tokens, attended, scales[0])
         hidden = self.output(self.intermediate(self.layernorm_after(tokens)))
-        return tokens + self.drop_path(scaled(hidden, scales[1]))
+        return self.drop_path(tokens, hidden, scales[1])
 
 
 class Stage(nn.Module):

@@ -81,15 +81,13 @@ class NeighborhoodAttention2D(nn.Module):
             window = self.kernel_size, self.dilation
             out = na2d_rows(query, key, value, *window, self.rpb, self.scale, rows, backend=self.backend)
         else:
-            _, key_bias, value_bias = (None,) * 3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
             out = attend(
                 qkv,
                 self.kernel_size,
                 self.dilation,
                 self.rpb,
                 self.scale,
-                key_bias=key_bias,
-                value_bias=value_bias,
+                bias=self.qkv.bias,
                 dropout=self.attn_drop if self.training else 0.0,
                 backend=self.backend,
             )
@@ -107,8 +105,7 @@ def attend(
     rpb: Tensor | None,
     scale: float,
     *,
-    key_bias: Tensor | None,
-    value_bias: Tensor | None,
+    bias: Tensor | Sequence[Tensor | None] | None,
     dropout: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
@@ -121,28 +118,29 @@ def attend(
         qkv: [B, H, W, 3, heads, head_dim] of one projection; or query, key and value, each [B, H, W, heads, head_dim],
             of three.
         kernel_size, dilation, rpb, scale, backend: As in `nat_dense.ops.na2d`.
-        key_bias, value_bias: [heads * head_dim], the projections' biases; None where they have none.
+        bias: The biases of the projections, as `qkv`: [3 * heads * head_dim] of one, or three of [heads * head_dim];
+            None where they have none.
         dropout: Probability of dropping an attention weight. Above 0 the reference runs.
 
     Returns:
         [B, H, W, heads, head_dim].
     """
-    query, key, value = qkv.unbind(3) if isinstance(qkv, Tensor) else qkv
+    first = qkv if isinstance(qkv, Tensor) else qkv[0]
     window = (kernel_size,) * 2, (dilation,) * 2
-    size = (query.shape[1], query.shape[2])
+    size, head = (first.shape[1], first.shape[2]), first.shape[-2:]
     pad_key = pad_value = None
     # An exported program serves sizes that are not known yet; the operator needs the padding for the small ones.
     if is_exported() or completed_size(size, *window) != size:
-        pad_key, pad_value = (
-            query.new_zeros(query.shape[3:]) if bias is None else bias.view(query.shape[3:])
-            for bias in (key_bias, value_bias)
-        )
+        _, *biases = bias.chunk(3) if isinstance(bias, Tensor) else bias or (None,) * 3
+        pad_key, pad_value = (first.new_zeros(head) if b is None else b.view(head) for b in biases)
     if dropout > 0:
         _warn_attention_dropout()
+        query, key, value = qkv.unbind(3) if isinstance(qkv, Tensor) else qkv
         return reference.forward(query, key, value, rpb, pad_key, pad_value, *window, scale, dropout=dropout)[0]
     settings: dict = dict(pad_key=pad_key, pad_value=pad_value, backend=backend)
     if isinstance(qkv, Tensor):
         return na2d_qkv(qkv, *window, rpb, scale, **settings)
+    query, key, value = qkv
     return na2d(query, key, value, *window, rpb, scale, **settings)
 
 

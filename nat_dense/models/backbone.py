@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nat_dense.models import variants
 from nat_dense.models.attention import NeighborhoodAttention2D
-from nat_dense.models.layers import DropPath, Mlp, in_runs, put_together, rows_in_a_band, rows_seen, scaled
+from nat_dense.models.layers import DropPath, Mlp, in_runs, put_together, rows_in_a_band, rows_seen
 
 Dilations = str | Sequence[Sequence[int]] | None
 
@@ -54,8 +54,8 @@ class Block(nn.Module):
                 yield self._add_branches(image[:, first:last], attended)
 
     def _add_branches(self, x: Tensor, attended: Tensor) -> Tensor:
-        x = x + self.drop_path(scaled(attended, self.gamma1))
-        return x + self.drop_path(scaled(self.mlp(self.norm2(x)), self.gamma2))
+        x = self.drop_path(x, attended, self.gamma1)
+        return self.drop_path(x, self.mlp(self.norm2(x)), self.gamma2)
 
 
 class Stage(nn.Module):

@@ -90,30 +90,24 @@ def _may_be_split(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.is_grad_enabled() and not is_traced() and not is_transformed()
 
 
-def scaled(x: Tensor, layer_scale: Tensor | None) -> Tensor:
-    """A residual branch [..., C] times its layer scale [C], where there is one.
-
-    Source: CaiT (arXiv:2103.17239) equation 4.
-    """
-    return x if layer_scale is None else layer_scale * x
-
-
 class DropPath(nn.Module):
-    """Stochastic depth: drops a residual branch of a whole sample in training, and scales what it keeps.
+    """Adds a residual branch, with stochastic depth: in training drops it for a whole sample, and scales what it keeps.
 
-    Source: Huang et al., arXiv:1603.09382.
+    Source: Huang et al., arXiv:1603.09382; layer scale: CaiT (arXiv:2103.17239) equation 4.
     """
 
     def __init__(self, rate: float = 0.0):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.rate == 0.0 or not self.training:
-            return x
-        keep = 1.0 - self.rate
-        mask = x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(keep)
-        return x * mask.div_(keep)
+    def forward(self, x: Tensor, branch: Tensor, layer_scale: Tensor | None = None) -> Tensor:
+        """x + branch [B, ..., C], the branch times its layer scale [C] where there is one."""
+        factor = layer_scale
+        if self.rate > 0.0 and self.training:
+            keep = 1.0 - self.rate
+            factor = x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(keep).div_(keep)
+            factor = factor if layer_scale is None else factor * layer_scale
+        return x + branch if factor is None else torch.addcmul(x, branch, factor)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"

@@ -99,13 +99,13 @@ def na2d_qkv(
     """
     if qkv.dim() != 6 or qkv.shape[3] != 3:
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}; expected [B, H, W, 3, heads, head_dim]")
-    query, key, value = qkv.unbind(3)
     needs_grad = torch.is_grad_enabled() and qkv.requires_grad
     # Inference and programs that leave Python know one operator.
     if not needs_grad or is_transformed() or is_exported() or torch.jit.is_tracing():
-        return na2d(
-            query, key, value, kernel_size, dilation, rpb, scale, pad_key=pad_key, pad_value=pad_value, backend=backend
-        )
+        settings: dict = dict(pad_key=pad_key, pad_value=pad_value, backend=backend)
+        query, key, value = qkv.unbind(3)
+        return na2d(query, key, value, kernel_size, dilation, rpb, scale, **settings)
+    query, key, value = qkv.detach().unbind(3)  # to look at alone
     extras = (rpb, pad_key, pad_value)
     kernel_size, dilation, scale = _checked(query, key, value, *extras, kernel_size, dilation, scale, backend)
     out, _ = torch.ops.nat_dense.na2d_qkv(qkv, *extras, list(kernel_size), list(dilation), scale, backend)
