@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from nat_dense.models import gelu  # noqa: F401  (registers the operators)
 from nat_dense.models.linear import linear, parameter_gradients, suits_onednn
+from nat_dense.ops import cpu
 from nat_dense.ops.functional import is_exported, is_transformed
 
 LOWERED = (torch.float32, torch.bfloat16, torch.float16)
@@ -69,20 +70,17 @@ class _Mlp(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             if twice:
                 before = linear(x, weight1, bias1)  # what was kept is a constant to autograd
+            grad_after, sums = linear(grad, weight2.t(), None), None
             if _on_gpu(x) and not twice:
-                after, grad_before, sums = torch.ops.nat_dense.gelu_backward(linear(grad, weight2.t(), None), before)
-                of_second = parameter_gradients(after, weight2, grad, needs_bias2)
-                del after  # wide
-                grad_weight1, _ = parameter_gradients(x, weight1, grad_before, False)
-                of_first = grad_weight1, sums.to(bias1.dtype)
+                after, grad_before, sums = torch.ops.nat_dense.gelu_backward(grad_after, before)
+            elif twice or torch._C._functorch.is_legacy_batchedtensor(grad_after) or not cpu.is_available():
+                after, grad_before = F.gelu(before), torch.ops.aten.gelu_backward(grad_after, before)
             else:
-                of_second = parameter_gradients(F.gelu(before), weight2, grad, needs_bias2)
-                grad_after = linear(grad, weight2.t(), None)
-                if twice or torch._C._functorch.is_legacy_batchedtensor(grad_after):
-                    grad_before = torch.ops.aten.gelu_backward(grad_after, before)
-                else:  # in its place: one wide map less
-                    grad_before = torch.ops.aten.gelu_backward.grad_input(grad_after, before, grad_input=grad_after)
-                of_first = parameter_gradients(x, weight1, grad_before, needs_bias1)
+                after, grad_before = cpu.gelu_backward_(grad_after, before), grad_after
+            of_second = parameter_gradients(after, weight2, grad, needs_bias2)
+            del after, grad_after  # wide
+            grad_weight1, grad_bias1 = parameter_gradients(x, weight1, grad_before, needs_bias1 and sums is None)
+            of_first = grad_weight1, grad_bias1 if sums is None else sums.to(bias1.dtype)
             grad_x = linear(grad_before, weight1.t(), None) if needs_x else None
         return grad_x, *of_first, *of_second
 

@@ -122,6 +122,17 @@ def linear_gradient(grad: Tensor, x: Tensor, needs_bias: bool, variant: str = ""
     return weight, bias if needs_bias else None
 
 
+def gelu_backward_(grad: Tensor, x: Tensor, variant: str = "") -> Tensor:
+    """The exact GELU of x, where `is_available`. Without a gradient of its own.
+
+    Args:
+        grad: [...], the gradient of the GELU; float32. Overwritten with the gradient of x.
+        x: [...], as grad.
+        variant: As in `linear_gradient`.
+    """
+    return torch.ops.nat_dense_cpu.gelu_backward_(grad, x, variant)
+
+
 def is_available() -> bool:
     """Whether the kernels are built and load."""
     return _load() is None

@@ -1,7 +1,8 @@
-"""The kernel for the gradients of linear layers against products in float64."""
+"""The kernels for gradients of linear layers and of the GELU between them, against torch in float64."""
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from nat_dense.ops import cpu
 
@@ -104,3 +105,48 @@ def test_the_bias_only_where_it_is_wanted():
 def test_what_it_was_not_made_for_is_refused(grad, x, message):
     with pytest.raises(RuntimeError, match=message):
         cpu.linear_gradient(grad, x, True)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", [(1,), (15,), (16, 16), (3, 5, 7), (9, 8192)], ids=str)
+def test_gelu_and_its_gradient(shape, variant):
+    generator = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(2, *shape, generator=generator) * 4
+    wide = x.double().requires_grad_()
+    exact = F.gelu(wide)
+    (exact_grad,) = torch.autograd.grad(exact, wide, grad.double())
+    kept = x.clone()
+    found = cpu.gelu_backward_(grad, x, variant)
+    assert torch.equal(x, kept)
+    torch.testing.assert_close(found.double(), exact.detach(), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-6, atol=5e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gelu_far_out(variant):
+    x = torch.tensor([torch.nan, torch.inf, 300.0, -300.0, -12.0, -0.0, 0.0])
+    grad = torch.ones(7)
+    found = cpu.gelu_backward_(grad, x, variant)
+    torch.testing.assert_close(found[:4], torch.tensor([torch.nan, torch.inf, 300.0, 0.0]), equal_nan=True)
+    torch.testing.assert_close(
+        found[4].double(), -6 * torch.special.erfc(torch.tensor(72.0).double().sqrt()), rtol=5e-6, atol=0
+    )
+    assert found[5:].tolist() == [0.0, 0.0]
+    torch.testing.assert_close(grad[[0, 2, 3, 5, 6]], torch.tensor([torch.nan, 1.0, 0.0, 0.5, 0.5]), equal_nan=True)
+
+
+def test_gelu_of_maps_that_have_gaps():
+    x, grad = torch.randn(2, 40, 6).unbind()
+    x, grad = x.t(), grad.t()
+    expected = torch.ops.aten.gelu_backward(grad, x)
+    torch.testing.assert_close(cpu.gelu_backward_(grad, x), F.gelu(x))
+    torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize(
+    ("grad", "x", "message"),
+    [(torch.ones(3), torch.ones(4), "one shape"), (torch.ones(3).double(), torch.ones(3).double(), "float")],
+)
+def test_a_gelu_of_other_maps_is_refused(grad, x, message):
+    with pytest.raises(RuntimeError, match=message):
+        cpu.gelu_backward_(grad, x)

@@ -28,6 +28,7 @@ constexpr int64_t kBackwardCache = 1024 << 10;
 constexpr int64_t kStreamed = 8 << 20;         // bytes of results: with all inputs, what a last-level cache may hold
 constexpr int64_t kLargestKernel = 13;
 constexpr int64_t kLeastProducts = 1 << 18;    // multiply-adds that are worth another thread
+constexpr int64_t kLeastGelus = 1 << 14;
 constexpr double kProductsPerMove = 8;         // multiply-adds in the time that an element takes from memory and back
 
 // What this processor can run, the fastest first. torch knows; ATEN_CPU_CAPABILITY lowers it for both.
@@ -296,6 +297,22 @@ std::tuple<Tensor, Tensor> linear_gradient(const Tensor& grad_out, const Tensor&
   return {total(weight), total(bias)};
 }
 
+// The GELU of x; the gradient of x takes the place of the GELU's.
+Tensor gelu_backward(const Tensor& grad, const Tensor& x, std::string isa) {
+  TORCH_CHECK(x.scalar_type() == at::kFloat && grad.scalar_type() == at::kFloat, "expected float");
+  TORCH_CHECK(x.sizes() == grad.sizes(), "expected two maps of one shape");
+  const Tensor input = x.contiguous(), gradient = grad.contiguous();
+  const Kernels& kernels = kernels_for(isa, at::kFloat);
+  Tensor gelu = at::empty(x.sizes(), at::kFloat);
+  const float* in = input.const_data_ptr<float>();
+  float *slope = gradient.mutable_data_ptr<float>(), *out = gelu.mutable_data_ptr<float>();
+  at::parallel_for(0, x.numel(), kLeastGelus, [&](int64_t begin, int64_t end) {
+    kernels.gelu_backward(in + begin, slope + begin, out + begin, end - begin);
+  });
+  if (!gradient.is_same(grad)) grad.copy_(gradient);
+  return gelu;
+}
+
 TORCH_LIBRARY(nat_dense_cpu, m) {
   m.def("instruction_sets() -> str[]", &instruction_sets);
   m.def(
@@ -304,6 +321,7 @@ TORCH_LIBRARY(nat_dense_cpu, m) {
   m.def(
       "backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? rpb, Tensor? pad_key, "
       "Tensor? pad_value, Tensor lse, int[2] kernel_size, int[2] dilation, float scale, str isa) -> Tensor[]");
+  m.def("gelu_backward_(Tensor(a!) grad, Tensor x, str isa) -> Tensor");
   m.def("linear_gradient(Tensor grad_out, Tensor input, bool needs_bias, str isa) -> (Tensor, Tensor)");
 }
 
@@ -311,6 +329,7 @@ TORCH_LIBRARY_IMPL(nat_dense_cpu, CPU, m) {
   m.impl("forward", &forward);
   m.impl("backward", &backward);
   m.impl("linear_gradient", &linear_gradient);
+  m.impl("gelu_backward_", &gelu_backward);
 }
 
 }  // namespace

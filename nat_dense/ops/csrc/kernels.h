@@ -3,10 +3,17 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "gelu.h"
 #include "linear.h"
 
 namespace nat_dense {
 namespace {
+
+template <class V>
+constexpr auto gelu_backward_of() -> void (*)(const float*, float*, float*, int64_t) {
+  if constexpr (std::is_same<typename V::scalar, float>::value) return &gelu_backward<V>;
+  return nullptr;
+}
 
 template <class V, class S>
 constexpr Kernels kernels_of() {
@@ -18,7 +25,8 @@ constexpr Kernels kernels_of() {
           &Backward<V, S>::scratch,
           &Backward<V, S>::run,
           &LinearGradient<V>::scratch,
-          &LinearGradient<V>::run};
+          &LinearGradient<V>::run,
+          gelu_backward_of<V>()};
 }
 
 }  // namespace

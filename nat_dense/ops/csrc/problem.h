@@ -138,6 +138,7 @@ struct Kernels {
   void (*backward)(const Call&, const Item&, const Partial&, void* scratch);
   int64_t (*linear_scratch)(const LinearCall&);  // in the type that is computed in, whatever the storage
   void (*linear_gradient)(const LinearCall&, void* scratch);
+  void (*gelu_backward)(const float* x, float* grad, float* gelu, int64_t count);  // null unless float is computed in
 };
 
 enum Storage { kFloat32, kBFloat16, kFloat64, kStorages };

@@ -32,6 +32,10 @@ struct Avx2Vec {
   friend NAT_DENSE_INLINE Avx2Vec fma(Avx2Vec a, Avx2Vec b, Avx2Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   friend NAT_DENSE_INLINE Avx2Vec max(Avx2Vec a, Avx2Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 
+  static NAT_DENSE_INLINE Avx2Vec by_sign(Avx2Vec x, Avx2Vec negative, Avx2Vec positive) {
+    return {_mm256_blendv_ps(positive.v, negative.v, x.v)};
+  }
+
   friend NAT_DENSE_INLINE Avx2Vec exp2(Avx2Vec x) {
     const Avx2Vec bounded = max(broadcast(-126.0f), x);  // a NaN in the second operand passes
     const __m256 whole = _mm256_round_ps(bounded.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

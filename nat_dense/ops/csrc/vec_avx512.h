@@ -34,6 +34,10 @@ struct Avx512Vec {
   }
   friend NAT_DENSE_INLINE Avx512Vec max(Avx512Vec a, Avx512Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 
+  static NAT_DENSE_INLINE Avx512Vec by_sign(Avx512Vec x, Avx512Vec negative, Avx512Vec positive) {
+    return {_mm512_mask_mov_ps(positive.v, _mm512_movepi32_mask(_mm512_castps_si512(x.v)), negative.v)};
+  }
+
   friend NAT_DENSE_INLINE Avx512Vec exp2(Avx512Vec x) {
     const Avx512Vec bounded = max(broadcast(-200.0f), x);  // -inf gives 0; a NaN in the second operand passes
     const __m512 whole = _mm512_roundscale_ps(bounded.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

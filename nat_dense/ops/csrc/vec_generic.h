@@ -5,7 +5,7 @@
 //   the window columns whose products are summed at once; kVectors, the vectors of channels that are, and kKeyRows, in
 //   how many key rows: as many as the registers hold;
 //   zero, broadcast, load, store; stream, a store to an aligned address that passes by the caches, and fence after the
-//   last of them; + - * /, fma, max; exp2, log2; held;
+//   last of them; + - * /, fma, max; by_sign, which picks lanes; exp2, log2; held;
 //   Window<straight>: the keys of a tile, column by column; transpose; load_part, store_part (with conversion).
 #pragma once
 
@@ -124,6 +124,9 @@ struct GenericVec {
 #endif
   friend NAT_DENSE_INLINE GenericVec max(GenericVec a, GenericVec b) {
     return make([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  static NAT_DENSE_INLINE GenericVec by_sign(GenericVec x, GenericVec negative, GenericVec positive) {
+    return make([&](int i) { return x.v[i] < T(0) ? negative.v[i] : positive.v[i]; });
   }
   friend NAT_DENSE_INLINE GenericVec exp2(GenericVec x) {
     return make([&](int i) { return exp2_of(x.v[i]); });
