@@ -105,7 +105,7 @@ class DropPath(nn.Module):
         factor = layer_scale
         if self.rate > 0.0 and self.training:
             keep = 1.0 - self.rate
-            factor = x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(keep).div_(keep)
+            factor = branch.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(keep).div_(keep)
             factor = factor if layer_scale is None else factor * layer_scale
         return x + branch if factor is None else torch.addcmul(x, branch, factor)
 

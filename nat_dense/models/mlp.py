@@ -73,16 +73,25 @@ class _Mlp(torch.autograd.Function):
             grad_after, sums = linear(grad, weight2.t(), None), None
             if _on_gpu(x) and not twice:
                 after, grad_before, sums = torch.ops.nat_dense.gelu_backward(grad_after, before)
-            elif twice or torch._C._functorch.is_legacy_batchedtensor(grad_after) or not cpu.is_available():
+            elif twice or torch._C._functorch.is_legacy_batchedtensor(grad_after):
                 after, grad_before = F.gelu(before), torch.ops.aten.gelu_backward(grad_after, before)
-            else:
-                after, grad_before = cpu.gelu_backward_(grad_after, before), grad_after
+            else:  # in its place: one wide map less
+                after, grad_before = _gelu_backward_(grad_after, before), grad_after
+            del grad_after
             of_second = parameter_gradients(after, weight2, grad, needs_bias2)
-            del after, grad_after  # wide
+            del after
             grad_weight1, grad_bias1 = parameter_gradients(x, weight1, grad_before, needs_bias1 and sums is None)
             of_first = grad_weight1, grad_bias1 if sums is None else sums.to(bias1.dtype)
             grad_x = linear(grad_before, weight1.t(), None) if needs_x else None
         return grad_x, *of_first, *of_second
+
+
+def _gelu_backward_(grad: Tensor, x: Tensor) -> Tensor:
+    """The GELU of x; the gradient of x takes the place of the GELU's in `grad`."""
+    if cpu.is_available():
+        return cpu.gelu_backward_(grad, x)
+    torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)
+    return F.gelu(x)
 
 
 def _is_taken(x: Tensor, *parameters: Tensor) -> bool:

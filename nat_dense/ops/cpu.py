@@ -17,6 +17,7 @@ VARIANTS = ("avx512", "avx2", "portable")
 
 LARGEST_KERNEL = 13
 
+_OPERATORS = ("instruction_sets", "forward", "backward", "linear_gradient", "gelu_backward_")
 _FOLDER = Path(__file__).parent
 _BUILD = "pip install -e . --no-build-isolation"
 
@@ -31,6 +32,12 @@ def _load() -> str | None:
         torch.ops.load_library(library)
     except OSError as error:
         return f"the native kernels don't load, perhaps because torch was changed ({error}): build them with `{_BUILD}`"
+    missing = [name for name in _OPERATORS if not hasattr(torch.ops.nat_dense_cpu, name)]
+    if missing:
+        names = ", ".join(missing)
+        return f"the native kernels were built from older sources, without {names}: build them with `{_BUILD}`"
+    torch.library.register_fake("nat_dense_cpu::linear_gradient", _linear_gradient_fake)
+    torch.library.register_fake("nat_dense_cpu::gelu_backward_", lambda _grad, x, _variant: torch.empty_like(x))
     return None
 
 
@@ -120,6 +127,11 @@ def linear_gradient(grad: Tensor, x: Tensor, needs_bias: bool, variant: str = ""
     """
     weight, bias = torch.ops.nat_dense_cpu.linear_gradient(grad, x, needs_bias, variant)
     return weight, bias if needs_bias else None
+
+
+def _linear_gradient_fake(grad, x, needs_bias, _variant):
+    outputs = grad.shape[-1]
+    return x.new_empty(outputs, x.shape[-1]), x.new_empty(outputs if needs_bias else 0)
 
 
 def gelu_backward_(grad: Tensor, x: Tensor, variant: str = "") -> Tensor:

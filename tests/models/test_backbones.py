@@ -133,6 +133,17 @@ def test_stochastic_depth_grows_and_only_acts_in_training():
     assert torch.equal(model(image)[-1], model(image)[-1])
 
 
+@pytest.mark.parametrize("layer_scale", [None, torch.tensor([2.0, 3.0])])
+def test_stochastic_depth_drops_samples_and_scales_those_it_keeps(layer_scale):
+    x, branch = torch.randn(64, 3, 3, 2), torch.randn(64, 3, 3, 2)
+    added = layers.DropPath(0.75).train()(x, branch, layer_scale) - x
+    scaled = branch if layer_scale is None else branch * layer_scale
+    kept = [i for i in range(64) if added[i].any()]
+    assert 4 < len(kept) < 32
+    torch.testing.assert_close(added[kept], 4 * scaled[kept])
+    torch.testing.assert_close(layers.DropPath(0.75).eval()(x, branch, layer_scale) - x, scaled)
+
+
 def test_attention_dropout_runs_with_one_warning(monkeypatch):
     monkeypatch.setattr("nat_dense.models.attention._warned", False)
     model = NAT(**SMALL, attn_drop_rate=0.3, drop_path_rate=0.0)

@@ -18,6 +18,7 @@ from nat_dense.models import linear as linear_module
 from nat_dense.models import mlp as module
 from nat_dense.models.layers import Mlp
 from nat_dense.models.mlp import mlp
+from nat_dense.ops import cpu
 
 ONEDNN = pytest.mark.skipif(not linear_module._HAS_ONEDNN, reason="this torch has no oneDNN")
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -59,11 +60,13 @@ def as_on_gpu(monkeypatch) -> None:
     monkeypatch.setattr(module, "_on_gpu", lambda x: True)
 
 
-@pytest.fixture(params=[pytest.param("cpu", marks=ONEDNN), "gpu"])
+@pytest.fixture(params=[pytest.param("cpu", marks=ONEDNN), pytest.param("no kernels", marks=ONEDNN), "gpu"])
 def path(request, monkeypatch) -> str:
-    """Both ways through the function, on the CPU."""
+    """All ways through the function, on the CPU."""
     if request.param == "gpu":
         monkeypatch.setattr(module, "_on_gpu", lambda x: True)
+    elif request.param == "no kernels":
+        monkeypatch.setattr(cpu, "is_available", lambda: False)
     return request.param
 
 
@@ -179,6 +182,17 @@ def test_the_gradient_of_the_output_is_left_alone(path):
     before = grad.clone()
     mlp(*leaves).backward(grad)
     assert torch.equal(grad, before)
+
+
+@ONEDNN
+@pytest.mark.skipif(not cpu.is_available(), reason="the kernels are not built")
+def test_the_kernels_run(monkeypatch):
+    taken = []
+    for name in ("gelu_backward_", "linear_gradient"):
+        function = getattr(cpu, name)
+        monkeypatch.setattr(cpu, name, lambda *a, n=name, f=function: taken.append(n) or f(*a))
+    mlp(*operands(90, DIM)).sum().backward()
+    assert taken == ["gelu_backward_", "linear_gradient", "linear_gradient"]
 
 
 def test_the_operator_sums_the_gradient_of_the_first_bias(as_on_gpu, monkeypatch):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from nat_dense.ops import cpu
@@ -10,7 +11,8 @@ pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="the kernels are 
 VARIANTS = torch.ops.nat_dense_cpu.instruction_sets() if cpu.is_available() else []
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-14}
 
-# tokens, inputs, outputs: whole blocks and panels, one more and one less, a single one, more of one than of the others
+# tokens, inputs, outputs: whole blocks and panels, one more and one less, a single one, more of one than of the others,
+# slices of outputs
 SIZES = [
     (128, 64, 21),
     (129, 65, 22),
@@ -22,6 +24,7 @@ SIZES = [
     (4, 96, 288),
     (300, 33, 130),
     (5000, 24, 40),
+    (150, 700, 600),
 ]
 
 
@@ -50,7 +53,9 @@ def test_equals_the_product(sizes, dtype, variant):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("sizes", [(40000, 24, 40), (64, 300, 700), (900, 256, 200), (2, 4000, 600)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(40000, 24, 40), (64, 300, 700), (900, 256, 200), (2, 4000, 600), (1568, 768, 256)], ids=str
+)
 def test_any_number_of_threads(sizes, threads):
     """Parts of tokens, parts of outputs, both."""
     before = torch.get_num_threads()
@@ -150,3 +155,16 @@ def test_gelu_of_maps_that_have_gaps():
 def test_a_gelu_of_other_maps_is_refused(grad, x, message):
     with pytest.raises(RuntimeError, match=message):
         cpu.gelu_backward_(grad, x)
+
+
+def test_shapes_without_values():
+    with FakeTensorMode():
+        grad, x = torch.empty(2, 5, 30), torch.empty(2, 5, 20)
+        weight, bias = cpu.linear_gradient(grad, x, True)
+        assert (weight.shape, bias.shape) == ((30, 20), (30,))
+        assert cpu.gelu_backward_(grad, torch.empty(2, 5, 30)).shape == grad.shape
+
+
+def test_kernels_of_an_older_build_say_so(monkeypatch):
+    monkeypatch.setattr(cpu, "_OPERATORS", (*cpu._OPERATORS, "newer"))
+    assert "built from older sources, without newer: build them with" in cpu._load.__wrapped__()

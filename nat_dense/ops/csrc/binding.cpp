@@ -229,7 +229,8 @@ std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& query, const 
   return gradients;
 }
 
-// How the work on a weight is shared out: its outputs and its tokens, each in so many parts.
+// How the work on a weight is shared out: its outputs and its tokens, each in so many parts. Parts of tokens make a matrix
+// each, all of them together no larger than the operands.
 struct Parts {
   int64_t outputs, tokens;
 
@@ -238,7 +239,8 @@ struct Parts {
     const int64_t products = call.tokens * call.outputs * call.inputs;
     const int64_t workers = min_of(at::get_num_threads(), ceil_div(products, kLeastProducts));
     double least = 0;
-    for (int64_t parts = 1; parts <= min_of(workers, call.tokens); ++parts) {
+    const int64_t matrices = max_of(1, call.tokens * (call.outputs + call.inputs) / (call.outputs * call.inputs));
+    for (int64_t parts = 1; parts <= min_of(min_of(workers, matrices), call.tokens); ++parts) {
       const int64_t of_outputs = min_of(workers / parts, call.outputs);
       const double copied = static_cast<double>(ceil_div(call.tokens, parts)) *
                             static_cast<double>(call.inputs + ceil_div(call.outputs, of_outputs));

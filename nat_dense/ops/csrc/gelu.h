@@ -1,8 +1,6 @@
 // The exact GELU and its gradient in one pass.
 #pragma once
 
-#include <type_traits>
-
 #include "problem.h"
 #include "vec_generic.h"
 

@@ -1,6 +1,8 @@
 // The table of one instruction set. Its file includes this after opening the target, and defines the table.
 #pragma once
 
+#include <type_traits>
+
 #include "backward.h"
 #include "forward.h"
 #include "gelu.h"
