@@ -9,21 +9,24 @@ namespace {
 // Both operands have channels in the lanes as they come: a token adds the product of its gradient and its input to a
 // matrix, V::kKeyRows outputs times V::kVectors vectors of inputs of it in registers. Tokens are copied first, some at a
 // time, to where rows that are powers of two apart don't share a place in the cache. A matrix that the cache can't hold
-// is taken in slices of outputs, each over all tokens.
+// beside them is taken in blocks, each over all tokens.
 template <class V>
 class LinearGradient {
   using T = typename V::scalar;
   static constexpr int64_t kTokens = 128;
   static constexpr int64_t kPanel = V::kVectors * V::kLanes;
-  static constexpr int64_t kCache = 512 << 10;
+  static constexpr int64_t kBlock = (512 << 10) / sizeof(T);  // of the matrix; half of a usual second-level cache
+  static constexpr int64_t kBlockInputs = 512;
 
  public:
   LinearGradient(const LinearCall& call, Arena& arena)
       : call_(call),
-        slices_(slices(call)),
-        grad_step_(round_up(ceil_div(call.outputs, slices_), V::kLanes) + V::kLanes),
+        is_whole_(call.tokens <= kTokens),  // written once
+        block_inputs_(is_whole_ ? call.inputs : even_share(call.inputs, kBlockInputs, kPanel)),
+        block_outputs_(is_whole_ ? call.outputs : even_share(call.outputs, kBlock / block_inputs_, 1)),
+        grad_step_(round_up(block_outputs_, V::kLanes) + V::kLanes),
         grad_(arena.take<T>(kTokens * grad_step_)),
-        x_(arena.take<T>(kTokens * round_up(call.inputs, kPanel))),
+        x_(arena.take<T>(kTokens * round_up(block_inputs_, kPanel))),
         bias_(arena.take<T>(grad_step_)) {}
 
   static int64_t scratch(const LinearCall& call) {
@@ -38,68 +41,71 @@ class LinearGradient {
   }
 
  private:
-  static int64_t slices(const LinearCall& call) {
-    if (call.tokens <= kTokens) return 1;  // the matrix is written once
-    return min_of(call.outputs, ceil_div(call.outputs * call.inputs * static_cast<int64_t>(sizeof(T)), kCache));
+  // The size of parts of `total` that are as many as parts of `most` would be, and multiples of `unit`.
+  static int64_t even_share(int64_t total, int64_t most, int64_t unit) {
+    return round_up(ceil_div(total, ceil_div(total, max_of(most, 1))), unit);
   }
 
   void run() {
-    for (int64_t i = 0; i < slices_; ++i) {
-      const int64_t begin = call_.outputs * i / slices_, end = call_.outputs * (i + 1) / slices_;
-      for (int64_t first = 0; first < call_.tokens; first += kTokens) {
-        add_tokens(begin, end - begin, first, min_of(kTokens, call_.tokens - first));
+    for (int64_t input = 0; input < call_.inputs; input += block_inputs_) {
+      for (int64_t output = 0; output < call_.outputs; output += block_outputs_) {
+        add_block(input, min_of(block_inputs_, call_.inputs - input), output,
+                  min_of(block_outputs_, call_.outputs - output));
       }
     }
   }
 
-  void add_tokens(int64_t begin, int64_t outputs, int64_t first, int64_t tokens) {
-    copy(begin, outputs, first, tokens);
-    if (call_.bias) add_to_bias(begin, outputs, first == 0);
-    for (int64_t input = 0; input < call_.inputs; input += kPanel) {
-      const int64_t inputs = min_of(kPanel, call_.inputs - input);
-      split_columns(static_cast<int>(outputs), V::kKeyRows, [&](int output, int count) {
-        T* weight = static_cast<T*>(call_.weight) + (begin + output) * call_.weight_step + input;
-        add<>(output, count, input, inputs, tokens, weight, first == 0);
-      });
+  void add_block(int64_t input, int64_t inputs, int64_t output, int64_t outputs) {
+    T* weight = static_cast<T*>(call_.weight) + output * call_.weight_step + input;
+    for (int64_t first = 0; first < call_.tokens; first += kTokens) {
+      const int64_t tokens = min_of(kTokens, call_.tokens - first);
+      copy(input, inputs, output, outputs, first, tokens);
+      if (call_.bias && input == 0) add_to_bias(output, outputs, first == 0);
+      for (int64_t i = 0; i < inputs; i += kPanel) {
+        split_columns(static_cast<int>(outputs), V::kKeyRows, [&](int o, int count) {
+          add<>(count, min_of(kPanel, inputs - i), tokens, grad_ + o, x_ + i * kTokens,
+                weight + o * call_.weight_step + i, first == 0);
+        });
+      }
     }
   }
 
-  void copy(int64_t begin, int64_t outputs, int64_t first, int64_t tokens) {
+  void copy(int64_t input, int64_t inputs, int64_t output, int64_t outputs, int64_t first, int64_t tokens) {
     for (int64_t o = 0; o < grad_step_; o += V::kLanes) V::zero().store(bias_ + o);
     for (int64_t t = 0; t < tokens; ++t) {
-      const T* grad = static_cast<const T*>(call_.grad) + (first + t) * call_.grad_step + begin;
+      const T* grad = static_cast<const T*>(call_.grad) + (first + t) * call_.grad_step + output;
       for (int64_t o = 0; o < outputs; o += V::kLanes) {
         const V value = V::load_part(grad + o, outputs - o);
         value.store(grad_ + t * grad_step_ + o);
         (V::load(bias_ + o) + value).store(bias_ + o);
       }
-      const T* x = static_cast<const T*>(call_.x) + (first + t) * call_.x_step;
-      for (int64_t i = 0; i < call_.inputs; i += V::kLanes) {
-        T* panel = x_ + (i / kPanel * kTokens + t) * kPanel;
-        V::load_part(x + i, call_.inputs - i).store(panel + i % kPanel);
+      const T* x = static_cast<const T*>(call_.x) + (first + t) * call_.x_step + input;
+      for (int64_t i = 0; i < inputs; i += V::kLanes) {
+        V::load_part(x + i, inputs - i).store(x_ + (i / kPanel * kTokens + t) * kPanel + i % kPanel);
       }
     }
   }
 
-  void add_to_bias(int64_t begin, int64_t outputs, bool is_first) {
-    T* bias = static_cast<T*>(call_.bias) + begin;
+  void add_to_bias(int64_t output, int64_t outputs, bool is_first) {
+    T* bias = static_cast<T*>(call_.bias) + output;
     for (int64_t o = 0; o < outputs; ++o) bias[o] = is_first ? bias_[o] : bias[o] + bias_[o];
   }
 
-  // weight[...][...] += sum over tokens, for R outputs and D vectors of inputs.
+  // weight[...][...] += sum over tokens, for up to R outputs and D vectors of inputs.
   template <int R = V::kKeyRows, int D = V::kVectors>
-  NAT_DENSE_INLINE void add(int output, int outputs, int64_t input, int64_t inputs, int64_t tokens, T* weight, bool is_first) {
+  NAT_DENSE_INLINE void add(int outputs, int64_t inputs, int64_t tokens, const T* grad, const T* x, T* weight,
+                            bool is_first) {
     if constexpr (R > 1) {
-      if (outputs < R) return add<R - 1, D>(output, outputs, input, inputs, tokens, weight, is_first);
+      if (outputs < R) return add<R - 1, D>(outputs, inputs, tokens, grad, x, weight, is_first);
     }
     if constexpr (D > 1) {
-      if (inputs <= (D - 1) * V::kLanes) return add<R, D - 1>(output, outputs, input, inputs, tokens, weight, is_first);
+      if (inputs <= (D - 1) * V::kLanes) return add<R, D - 1>(outputs, inputs, tokens, grad, x, weight, is_first);
     }
-    add_block<R, D>(grad_ + output, x_ + input * kTokens, tokens, weight, inputs, is_first);
+    add_tile<R, D>(inputs, tokens, grad, x, weight, is_first);
   }
 
   template <int R, int D>
-  NAT_DENSE_NOINLINE void add_block(const T* grad, const T* x, int64_t tokens, T* weight, int64_t inputs, bool is_first) {
+  NAT_DENSE_NOINLINE void add_tile(int64_t inputs, int64_t tokens, const T* grad, const T* x, T* weight, bool is_first) {
     V sum[R][D];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -133,10 +139,11 @@ class LinearGradient {
   }
 
   const LinearCall& call_;
-  const int64_t slices_, grad_step_;
+  const bool is_whole_;
+  const int64_t block_inputs_, block_outputs_, grad_step_;
   T* const grad_;  // [tokens][grad_step]
   T* const x_;     // [panels][tokens][panel]
-  T* const bias_;  // [outputs of a slice], of these tokens
+  T* const bias_;  // [outputs of a block], of these tokens
 };
 
 }  // namespace
