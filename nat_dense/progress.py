@@ -86,10 +86,12 @@ class ProgressLine:
             self.board.show(self, self._text(now, note))
 
     def close(self, note: str = "") -> None:
-        """Writes the last state, with the time it took."""
+        """Writes the last state, with the time that the steps of this line took."""
         if self.shown is not None:
-            seconds = time.monotonic() - self.start
-            self.board.end(self, f"{self.what}: {self.done}/{self.total} in {clock(seconds)}{_spaced(note)}")
+            taken = f"in {clock(time.monotonic() - self.start)}"
+            if self.before:
+                taken = f"({self.done - self.before} of them {taken})"
+            self.board.end(self, f"{self.what}: {self.done}/{self.total} {taken}{_spaced(note)}")
 
     def _text(self, now: float, note: str) -> str:
         elapsed = now - self.start

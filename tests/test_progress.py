@@ -68,7 +68,8 @@ def test_steps_of_an_earlier_run_do_not_count_for_the_speed(now):
     line = ProgressLine("Training", 100, done=90, board=Board(stream))
     now[0] += 20
     line.advance(steps=2)
-    assert stream.getvalue() == "Training: 92/100, 1:20 left\n"
+    line.close()
+    assert stream.getvalue() == "Training: 92/100, 1:20 left\nTraining: 92/100 (2 of them in 0:20)\n"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3725, "1:02:05")])

@@ -21,6 +21,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_reading_options(parser)
     parser.add_argument("target", metavar="OUT")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--to", required=True, choices=KINDS, help="what OUT is to be")
     parser.add_argument(
         "--model-type", choices=["nat", "dinat"], help="with --to hf: which one, the weights don't tell"

@@ -18,6 +18,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("config", help="a config file, or mmdet::FOLDER/NAME.py, mmseg::FOLDER/NAME.py")
     add_swap_options(parser)
     parser.add_argument("-o", "--out", required=True, type=Path, metavar="FILE", help="the config to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
     parser.add_argument(
         "--inherit", action="store_true", help="write only what differs, with the old config as its _base_"
     )
@@ -27,6 +28,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.backbone:
         parser.error("--backbone is missing: say what to put under the model")
+    if args.out.exists() and not args.overwrite:
+        parser.error(f"{args.out} exists; choose another file, or allow to replace it (--overwrite)")
     return args
 
 

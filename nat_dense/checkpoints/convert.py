@@ -35,6 +35,7 @@ def convert(
     trust: bool = False,
     sha256: str | None = None,
     entry: str | None = None,
+    overwrite: bool = False,
 ) -> Report:
     """Writes a checkpoint as another kind of checkpoint; values are not changed, unless `kernel_size` asks for it.
 
@@ -48,16 +49,21 @@ def convert(
         dilations: With to="hf" and "dinat", the preset of `variants.DILATIONS` for the config.
         kernel_size: Of the result, if another one than the file's.
         prefix, trust, sha256, entry: As in `load`.
+        overwrite: Whether an existing file may be replaced.
 
     Returns:
         Where every tensor went.
 
     Raises:
+        FileExistsError: There is a file already and `overwrite` is False.
         FileNotFoundError: There is no such file, or no folder to write into.
         ValueError: The file is refused as in `load`, or can't be what is asked for.
     """
     target = Path(target)
     folder = _check_target(target, to)
+    for file in (target / "model.safetensors", target / "config.json") if folder else (target,):
+        if file.exists() and not overwrite:
+            raise FileExistsError(f"{file} exists; remove it, or allow to replace it (overwrite=True, --overwrite)")
     checkpoint, layout = open_checkpoint(source, prefix=prefix, trust=trust, sha256=sha256, entry=entry)
     architecture = architecture_of(layout.backbone)
     head = "head.weight" in layout.backbone and to in ("classification", "hf")

@@ -209,7 +209,11 @@ def test_converting_a_file_onto_itself(tmp_path):
     state = MODELS["dense"]().state_dict()
     path = tmp_path / "x.safetensors"
     save(state, path)
-    checkpoints.convert(path, path, "dense")
+    before = path.stat().st_mtime_ns
+    with pytest.raises(FileExistsError, match=r"x.safetensors exists; remove it, or allow to replace it"):
+        checkpoints.convert(path, path, "dense")
+    assert path.stat().st_mtime_ns == before
+    checkpoints.convert(path, path, "dense", overwrite=True)
     assert_bits(checkpoints.read(path).tensors, state)
 
 

@@ -363,6 +363,21 @@ class TestTool:
         expected = swap_backbone(load_config(PSPNET), "nat-mini")
         assert written.to_dict() == expected.to_dict()
 
+    def test_replaces_a_file_only_where_it_may(self, tmp_path, capsys, monkeypatch):
+        out = tmp_path / "config.py"
+        out.write_text("mine = 1\n")
+        command = [PSPNET, "--backbone", "nat-mini", "-o", str(out)]
+        with pytest.raises(SystemExit, match="2"):
+            load_tool("swap_backbone").main(command)
+        assert "config.py exists; choose another file, or allow to replace it (--overwrite)" in capsys.readouterr().err
+        with pytest.raises(SystemExit, match="2"):  # what is written can't be read
+            load_tool("swap_backbone").main([*command, "--overwrite", "--cfg-options", "optimizer.lr=nan"])
+        assert "name 'nan' is not defined" in capsys.readouterr().err
+        assert out.read_text() == "mine = 1\n"
+        load_tool("swap_backbone").main([*command, "--overwrite"])
+        assert "mine" not in out.read_text()
+        assert list(tmp_path.iterdir()) == [out]
+
     @pytest.mark.slow
     def test_a_process_that_knows_nothing_of_nat_dense_builds_the_written_config(self, tmp_path):
         out = tmp_path / "config.py"

@@ -101,12 +101,16 @@ def _base_path(config: str, out: Path) -> str:
 
 def _write(text: str, out: Path, cfg: Config) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text)
-    written = _without_scopes(Config.fromfile(str(out), import_custom_modules=False)._cfg_dict)
-    unequal = [change.path for change in changes_between(_without_scopes(cfg._cfg_dict), written)]
-    if unequal:
-        out.unlink()
-        raise ValueError(f"these fields can't be written down as text: {', '.join(unequal)}.")
+    draft = out.with_name(f"{out.stem}-{os.getpid()}{out.suffix}")  # beside it: its base is found by a relative path
+    try:
+        draft.write_text(text)
+        written = _without_scopes(Config.fromfile(str(draft), import_custom_modules=False)._cfg_dict)
+        unequal = [change.path for change in changes_between(_without_scopes(cfg._cfg_dict), written)]
+        if unequal:
+            raise ValueError(f"these fields can't be written down as text: {', '.join(unequal)}.")
+        draft.replace(out)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _without_scopes(value: Any) -> Any:
