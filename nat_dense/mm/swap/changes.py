@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 ABSENT = "(absent)"
-SHOWN_CHARACTERS = 72
+SHOWN_CHARACTERS = 500
 
 
 @dataclass(frozen=True)
