@@ -120,6 +120,13 @@ def test_a_mistake_stops_all_processes(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("script", "more"), [("dist_train.sh", ["2"]), ("dist_test.sh", ["x.pth", "2"])])
+def test_a_missing_config_is_one_line(script, more):
+    done = launch(script, "nowhere.py", *more)
+    assert done.returncode == 2
+    assert done.stderr == f"{script}: error: there is no file nowhere.py\n"
+
+
 def test_srun_gets_the_command_of_every_task(tmp_path):
     """A stand-in for srun says what it was given; Slurm itself is nowhere to be installed."""
     (tmp_path / "srun").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")

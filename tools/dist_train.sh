@@ -6,6 +6,7 @@ set -euo pipefail
 if [ $# -lt 2 ]; then sed -n 4p "$0" >&2; exit 2; fi
 config=$1 processes=$2
 shift 2
+if [[ $config != *::* && ! -f $config ]]; then echo "dist_train.sh: error: there is no file $config" >&2; exit 2; fi
 
 torchrun --nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}" --nproc_per_node="$processes" \
     --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${PORT:-29500}" \
