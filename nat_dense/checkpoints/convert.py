@@ -15,7 +15,7 @@ from nat_dense.checkpoints.layout import Architecture, Layout, architecture_of
 from nat_dense.checkpoints.loading import Report, open_checkpoint
 from nat_dense.checkpoints.matching import Match, check_finite, is_ema_copy, match
 from nat_dense.checkpoints.reading import Checkpoint
-from nat_dense.checkpoints.writing import atomic, check_suffix, save
+from nat_dense.checkpoints.writing import atomic, check_folder, check_free, check_suffix, save
 from nat_dense.models import NAT, DiNAT_s, DiNATsClassifier, NATClassifier
 from nat_dense.models.variants import dilations_for
 
@@ -60,10 +60,7 @@ def convert(
         ValueError: The file is refused as in `load`, or can't be what is asked for.
     """
     target = Path(target)
-    folder = _check_target(target, to)
-    for file in (target / "model.safetensors", target / "config.json") if folder else (target,):
-        if file.exists() and not overwrite:
-            raise FileExistsError(f"{file} exists; remove it, or allow to replace it (overwrite=True, --overwrite)")
+    folder = _check_target(target, to, overwrite)
     checkpoint, layout = open_checkpoint(source, prefix=prefix, trust=trust, sha256=sha256, entry=entry)
     architecture = architecture_of(layout.backbone)
     head = "head.weight" in layout.backbone and to in ("classification", "hf")
@@ -100,15 +97,16 @@ def convert(
     )
 
 
-def _check_target(target: Path, to: str) -> bool:
+def _check_target(target: Path, to: str, overwrite: bool) -> bool:
     """Whether the target is a folder; raises where it can't be written."""
     if to not in KINDS:
         raise ValueError(f"to={to!r}: expected one of {', '.join(KINDS)}")
     folder = to == "hf" and target.suffix == ""
     if not folder:
         check_suffix(target)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"no folder {target.parent} to write {target.name} into")
+    check_folder(target)
+    for file in (target / "model.safetensors", target / "config.json") if folder else (target,):
+        check_free(file, overwrite)
     return folder
 
 

@@ -16,17 +16,20 @@ TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 
 
 @contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
+def atomic(path: str | Path, suffix: str = ".part") -> Iterator[Path]:
     """A file to write to, which takes the place of `path` when the block ends well and vanishes when it doesn't.
+
+    Args:
+        path: The file to be.
+        suffix: Of the file to write to, for readers that ask for one.
 
     Raises:
         FileNotFoundError: The folder of `path` does not exist.
     """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into")
+    check_folder(path)
     # In the same folder, since a rename is atomic within a file system only.
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}{suffix}")
     try:
         part.touch()
         mode = part.stat().st_mode
@@ -37,6 +40,18 @@ def atomic(path: str | Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_folder(path: Path) -> None:
+    """Raises FileNotFoundError unless the folder of `path` exists."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into")
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Raises FileExistsError where there is a file that may not be replaced."""
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; remove it, or allow to replace it (overwrite=True, --overwrite)")
 
 
 def check_suffix(path: str | Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nat_dense.checkpoints.writing import atomic
+from nat_dense.checkpoints.writing import atomic, check_folder, check_free
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 """What the extra `onnx` installs."""
@@ -118,10 +118,8 @@ def _check_packages() -> None:
 def _check_path(path: Path, overwrite: bool) -> None:
     if path.suffix != ".onnx":
         raise ValueError(f"{path}: expected a name that ends in .onnx")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; remove it, or allow to replace it (overwrite=True, --overwrite)")
+    check_folder(path)
+    check_free(path, overwrite)
 
 
 def _check_size(image_size: Sequence[int]) -> tuple[int, int]:

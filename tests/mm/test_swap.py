@@ -363,7 +363,7 @@ class TestTool:
         expected = swap_backbone(load_config(PSPNET), "nat-mini")
         assert written.to_dict() == expected.to_dict()
 
-    def test_replaces_a_file_only_where_it_may(self, tmp_path, capsys, monkeypatch):
+    def test_replaces_a_file_only_where_it_may(self, tmp_path, capsys):
         out = tmp_path / "config.py"
         out.write_text("mine = 1\n")
         command = [PSPNET, "--backbone", "nat-mini", "-o", str(out)]

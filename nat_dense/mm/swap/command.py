@@ -11,6 +11,7 @@ from typing import Any
 from mmengine.config import Config
 from rich.console import Console
 
+from nat_dense.checkpoints.writing import atomic
 from nat_dense.mm.config import load_config, merge_options
 from nat_dense.mm.swap.changes import as_table, changes_between, differences
 from nat_dense.mm.swap.plan import BACKBONES, plan_swap
@@ -101,16 +102,12 @@ def _base_path(config: str, out: Path) -> str:
 
 def _write(text: str, out: Path, cfg: Config) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(f"{out.stem}-{os.getpid()}{out.suffix}")  # beside it: its base is found by a relative path
-    try:
+    with atomic(out, out.suffix) as draft:  # beside it: its base is found by a relative path
         draft.write_text(text)
         written = _without_scopes(Config.fromfile(str(draft), import_custom_modules=False)._cfg_dict)
         unequal = [change.path for change in changes_between(_without_scopes(cfg._cfg_dict), written)]
         if unequal:
             raise ValueError(f"these fields can't be written down as text: {', '.join(unequal)}.")
-        draft.replace(out)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _without_scopes(value: Any) -> Any:

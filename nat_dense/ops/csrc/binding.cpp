@@ -229,8 +229,8 @@ std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& query, const 
   return gradients;
 }
 
-// How the work on a weight is shared out: its outputs and its tokens, each in so many parts. Parts of tokens make a matrix
-// each, all of them together no larger than the operands.
+// How the work on a weight is shared out: its outputs and its tokens, each in so many parts. Parts of tokens make a
+// matrix each, all of them together no larger than the operands.
 struct Parts {
   int64_t outputs, tokens;
 
@@ -246,7 +246,7 @@ struct Parts {
                             static_cast<double>(call.inputs + ceil_div(call.outputs, of_outputs));
       const double summed = parts == 1 ? 0 : 2.0 * static_cast<double>(call.outputs * call.inputs * parts / workers);
       // Workers that the parts leave idle count as well.
-      const double cost = (copied + summed + static_cast<double>(products / (parts * of_outputs)) / kProductsPerMove);
+      const double cost = copied + summed + static_cast<double>(products / (parts * of_outputs)) / kProductsPerMove;
       if (parts > 1 && cost >= least) continue;
       least = cost;
       tokens = parts;
@@ -261,7 +261,8 @@ Tensor tokens_of(const Tensor& t) {
   return tokens.stride(1) == 1 ? tokens : tokens.contiguous();
 }
 
-std::tuple<Tensor, Tensor> linear_gradient(const Tensor& grad_out, const Tensor& input, bool needs_bias, std::string isa) {
+std::tuple<Tensor, Tensor> linear_gradient(const Tensor& grad_out, const Tensor& input, bool needs_bias,
+                                           std::string isa) {
   const at::ScalarType type = input.scalar_type();
   TORCH_CHECK((type == at::kFloat || type == at::kDouble) && grad_out.scalar_type() == type, "expected float or double");
   TORCH_CHECK(grad_out.dim() > 0 && input.dim() > 0 && grad_out.numel() > 0 && input.numel() > 0,
@@ -276,21 +277,24 @@ std::tuple<Tensor, Tensor> linear_gradient(const Tensor& grad_out, const Tensor&
   Tensor weight = at::empty({parts.tokens, whole.outputs, whole.inputs}, type);
   Tensor bias = at::empty({parts.tokens, needs_bias ? whole.outputs : 0}, type);
   const int64_t element = c10::elementSize(type);
-  const auto at = [&](const void* p, int64_t index) { return static_cast<char*>(const_cast<void*>(p)) + index * element; };
+  const auto from = [&](const void* p, int64_t index) {
+    return static_cast<char*>(const_cast<void*>(p)) + index * element;
+  };
   const auto share = [](int64_t total, int64_t parts, int64_t i) { return total * i / parts; };
   const void *grad_data = grad.const_data_ptr(), *x_data = x.const_data_ptr();
   void *weight_data = weight.mutable_data_ptr(), *bias_data = bias.mutable_data_ptr();
   at::parallel_for(0, parts.tokens * parts.outputs, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t part = i / parts.outputs, of_outputs = i % parts.outputs;
-      const int64_t token = share(whole.tokens, parts.tokens, part), output = share(whole.outputs, parts.outputs, of_outputs);
+      const int64_t token = share(whole.tokens, parts.tokens, part);
+      const int64_t output = share(whole.outputs, parts.outputs, of_outputs);
       LinearCall call = whole;
       call.tokens = share(whole.tokens, parts.tokens, part + 1) - token;
       call.outputs = share(whole.outputs, parts.outputs, of_outputs + 1) - output;
-      call.grad = at(grad_data, token * call.grad_step + output);
-      call.x = at(x_data, token * call.x_step);
-      call.weight = at(weight_data, (part * whole.outputs + output) * whole.inputs);
-      call.bias = needs_bias ? at(bias_data, part * whole.outputs + output) : nullptr;
+      call.grad = from(grad_data, token * call.grad_step + output);
+      call.x = from(x_data, token * call.x_step);
+      call.weight = from(weight_data, (part * whole.outputs + output) * whole.inputs);
+      call.bias = needs_bias ? from(bias_data, part * whole.outputs + output) : nullptr;
       const Tensor memory = at::empty({kernels.linear_scratch(call)}, at::kByte);
       kernels.linear_gradient(call, memory.mutable_data_ptr());
     }

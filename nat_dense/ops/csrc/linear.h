@@ -21,9 +21,8 @@ class LinearGradient {
  public:
   LinearGradient(const LinearCall& call, Arena& arena)
       : call_(call),
-        is_whole_(call.tokens <= kTokens),  // written once
-        block_inputs_(is_whole_ ? call.inputs : even_share(call.inputs, kBlockInputs, kPanel)),
-        block_outputs_(is_whole_ ? call.outputs : even_share(call.outputs, kBlock / block_inputs_, 1)),
+        block_inputs_(is_written_once(call) ? call.inputs : even_share(call.inputs, kBlockInputs, kPanel)),
+        block_outputs_(is_written_once(call) ? call.outputs : even_share(call.outputs, kBlock / block_inputs_, 1)),
         grad_step_(round_up(block_outputs_, V::kLanes) + V::kLanes),
         grad_(arena.take<T>(kTokens * grad_step_)),
         x_(arena.take<T>(kTokens * round_up(block_inputs_, kPanel))),
@@ -41,6 +40,8 @@ class LinearGradient {
   }
 
  private:
+  static bool is_written_once(const LinearCall& call) { return call.tokens <= kTokens; }
+
   // The size of parts of `total` that are as many as parts of `most` would be, and multiples of `unit`.
   static int64_t even_share(int64_t total, int64_t most, int64_t unit) {
     return round_up(ceil_div(total, ceil_div(total, max_of(most, 1))), unit);
@@ -59,8 +60,9 @@ class LinearGradient {
     T* weight = static_cast<T*>(call_.weight) + output * call_.weight_step + input;
     for (int64_t first = 0; first < call_.tokens; first += kTokens) {
       const int64_t tokens = min_of(kTokens, call_.tokens - first);
-      copy(input, inputs, output, outputs, first, tokens);
-      if (call_.bias && input == 0) add_to_bias(output, outputs, first == 0);
+      const bool sums = call_.bias && input == 0;
+      copy(input, inputs, output, outputs, first, tokens, sums);
+      if (sums) add_to_bias(output, outputs, first == 0);
       for (int64_t i = 0; i < inputs; i += kPanel) {
         split_columns(static_cast<int>(outputs), V::kKeyRows, [&](int o, int count) {
           add<>(count, min_of(kPanel, inputs - i), tokens, grad_ + o, x_ + i * kTokens,
@@ -70,14 +72,14 @@ class LinearGradient {
     }
   }
 
-  void copy(int64_t input, int64_t inputs, int64_t output, int64_t outputs, int64_t first, int64_t tokens) {
+  void copy(int64_t input, int64_t inputs, int64_t output, int64_t outputs, int64_t first, int64_t tokens, bool sums) {
     for (int64_t o = 0; o < grad_step_; o += V::kLanes) V::zero().store(bias_ + o);
     for (int64_t t = 0; t < tokens; ++t) {
       const T* grad = static_cast<const T*>(call_.grad) + (first + t) * call_.grad_step + output;
       for (int64_t o = 0; o < outputs; o += V::kLanes) {
         const V value = V::load_part(grad + o, outputs - o);
         value.store(grad_ + t * grad_step_ + o);
-        (V::load(bias_ + o) + value).store(bias_ + o);
+        if (sums) (V::load(bias_ + o) + value).store(bias_ + o);
       }
       const T* x = static_cast<const T*>(call_.x) + (first + t) * call_.x_step + input;
       for (int64_t i = 0; i < inputs; i += V::kLanes) {
@@ -139,7 +141,6 @@ class LinearGradient {
   }
 
   const LinearCall& call_;
-  const bool is_whole_;
   const int64_t block_inputs_, block_outputs_, grad_step_;
   T* const grad_;  // [tokens][grad_step]
   T* const x_;     // [panels][tokens][panel]

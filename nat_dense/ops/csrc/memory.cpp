@@ -34,7 +34,8 @@ class KeptMemory final : public c10::Allocator {
   }
 
   c10::DataPtr allocate(size_t size) override {
-    if (size <= kLarge) return c10::GetAllocator(c10::DeviceType::CPU)->allocate(size);  // a storage of ours was made smaller
+    // A storage of ours was made smaller.
+    if (size <= kLarge) return c10::GetAllocator(c10::DeviceType::CPU)->allocate(size);
     auto block = std::make_unique<Block>(Block{nullptr, size});
     if (!take(block.get())) block->data = map(size);
     void* const data = block->data;

@@ -123,8 +123,9 @@ NAT_DENSE_INLINE void add_row(const typename V::scalar* (&weight)[V::kRows], int
   for (int c = 0; c < columns; ++c) {
 #pragma GCC unroll 8
     for (int q = 0; q < Q; ++q) {
+      // Not earlier: that would take registers.
 #pragma GCC unroll 8
-      for (int d = 0; d < D && q == Q - 1; ++d) y[q][d] = V::held(V::load(value + d * V::kLanes));  // not earlier: registers
+      for (int d = 0; d < D && q == Q - 1; ++d) y[q][d] = V::held(V::load(value + d * V::kLanes));
 #pragma GCC unroll 8
       for (int r = First; r < Last; ++r) {
         const V factor = V::held(V::broadcast(w[r][q]));
