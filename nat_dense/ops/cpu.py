@@ -60,8 +60,7 @@ def why_not(problem: Problem, variant: str) -> str | None:
     reason = _load()
     if reason is not None:
         return reason
-    available = torch.ops.nat_dense_cpu.instruction_sets()
-    if variant and variant not in available:
+    if variant and variant not in (available := torch.ops.nat_dense_cpu.instruction_sets()):
         return f"this processor, or the value of ATEN_CPU_CAPABILITY, has no {variant}, only {', '.join(available)}"
     return None
 

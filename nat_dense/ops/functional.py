@@ -194,11 +194,15 @@ def _pair(name: str, value: int | Pair) -> Pair:
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    if query.dim() != 5 or not query.shape == key.shape == value.shape:
+    shape = query.shape
+    if len(shape) != 5 or not shape == key.shape == value.shape:
+        shapes = f"query {tuple(shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
         raise ValueError(f"{shapes}: expected three tensors of one shape [B, H, W, heads, head_dim]")
-    if 0 in query.shape[1:]:
-        raise ValueError(f"{shapes}: expected at least one row, column, head and channel (only the batch may be empty)")
+    if 0 in shape[1:]:
+        raise ValueError(
+            f"query, key, value {tuple(shape)}: expected at least one row, column, head and channel (only the batch may "
+            "be empty)"
+        )
     if query.dtype not in DTYPES or not query.dtype == key.dtype == value.dtype:
         found = f"query {query.dtype}, key {key.dtype}, value {value.dtype}"
         raise ValueError(f"{found}: expected one dtype of {', '.join(map(str, DTYPES))}")

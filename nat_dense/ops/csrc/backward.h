@@ -91,7 +91,8 @@ class Backward {
         copy<V>(queries<const S>(call_.query, i + r, segment), query_tokens_.at(r), channels_);
         copy<V>(queries<const S>(call_.grad_out, i + r, segment), grad_out_tokens_.at(r), channels_);
       }
-      for (int64_t t = 0; t < segment.tile_count; ++t) differentiate(block, segment, t);
+      const Rows rows{{block, keys_}, {block, values_}, {block, key_tokens_}};
+      for (int64_t t = 0; t < segment.tile_count; ++t) differentiate(block, rows, segment, t);
       for (int64_t key = 0; key < segment.key_count; key += kKeysAtOnce) {
         for (int r = 0; r < block.count; ++r) scatter_row(block, segment, r, key);
       }
@@ -113,8 +114,12 @@ class Backward {
     return tokens_of<Stored>(call_, item_, map, place, segment.query_column, segment.query_count);
   }
 
+  struct Rows {
+    RowsOf<T> keys, values, key_tokens;
+  };
+
   // Weights and logit gradients of a tile, kept for `scatter`; and the gradient of its queries.
-  void differentiate(const RowBlock& block, const Segment& segment, int64_t t) {
+  void differentiate(const RowBlock& block, const Rows& rows, const Segment& segment, int64_t t) {
     const Tile& tile = segment.tiles[t];
     const int64_t dim = call_.dim, kernel_columns = call_.columns.kernel;
     T* weight = weight_.data + tile.first;
@@ -129,9 +134,9 @@ class Backward {
       pack<V>(query, dim, T(call_.scale * kLog2E), query_ + r * dim * V::kLanes, V::kLanes);
       pack<V>(grad_out, dim, T(1), grad_out_ + r * dim * V::kLanes, V::kLanes);
     }
-    score<V>(block, tile, query_, dim * V::kLanes, V::kLanes, keys_, key_step_, dim, &bias_, weight, weight_.row,
+    score<V>(block, tile, query_, dim * V::kLanes, V::kLanes, rows.keys, key_step_, dim, &bias_, weight, weight_.row,
              query_step_, kernel_columns);
-    score<V>(block, tile, grad_out_, dim * V::kLanes, V::kLanes, values_, key_step_, dim, nullptr, grad,
+    score<V>(block, tile, grad_out_, dim * V::kLanes, V::kLanes, rows.values, key_step_, dim, nullptr, grad,
              grad_logit_.row, query_step_, kernel_columns);
     for (int r = 0; r < block.count; ++r) softmax_gradient(block, segment, t, r);
     const bool stream = streams<V, S>(call_);
@@ -140,12 +145,12 @@ class Backward {
       const auto row = queries<S>(call_.grad_query, block.begin + r, segment);
       for (int i = 0; i < tile.lanes && owns(block.begin + r); ++i) {
         out[r][i] = row.at(tile.first + i);
-        if (!stream) row.fetch(out[r][i], dim);
+        if (call_.fetch && !stream) row.fetch(out[r][i], dim);
       }
     }
     const T* pad_key = call_.pad_key ? static_cast<const T*>(call_.pad_key) + item_.head * dim : nullptr;
     const V scale = V::broadcast(T(call_.scale));
-    const Gather<V> gather(call_, block, tile, grad, grad_logit_.row, query_step_, key_tokens_, channels_);
+    const Gather<V> gather(call_, block, tile, grad, grad_logit_.row, query_step_, rows.key_tokens, channels_);
     gather.run(
         [&](int r, int lane, int64_t d) NAT_DENSE_INLINE_LAMBDA {
           return pad_key ? V::broadcast(padded_[r * V::kLanes + lane]) * V::load_part(pad_key + d, dim - d) : V::zero();
@@ -259,8 +264,14 @@ class Backward {
     if (!owns(place)) return;
     const T scale = T(call_.scale);
     const bool stream = streams<V, T>(call_);
-    put<V>(grad_keys_.at(place), channels_, scale, keys<T>(call_.grad_key, place, segment), begun, stream);
-    put<V>(grad_values_.at(place), channels_, T(1), keys<T>(call_.grad_value, place, segment), begun, stream);
+    const int64_t skipped = segment.real_begin * channels_;
+    const auto real_keys = [&](const Map& map) {
+      return tokens_of<T>(call_, item_, map, place, segment.key_column + segment.real_begin,
+                          segment.real_end - segment.real_begin);
+    };
+    begun -= segment.real_begin;
+    put<V>(grad_keys_.at(place) + skipped, channels_, scale, real_keys(call_.grad_key), begun, stream);
+    put<V>(grad_values_.at(place) + skipped, channels_, T(1), real_keys(call_.grad_value), begun, stream);
   }
 
   void add_partials(const Segment& segment) {
@@ -272,7 +283,7 @@ class Backward {
         for (int64_t b = 0; b < kernel_columns; ++b) {
           const T* sums = bias_sums_ + ((t * bias_rows() + a) * kernel_columns + b) * V::kLanes;
           for (int i = 0; i < tile.lanes; ++i) {
-            out[tile.straight ? tile.bias + b : tile.bias_index[b * V::kLanes + i]] += sums[i];
+            out[tile.uniform ? tile.bias + b : tile.bias_index[b * V::kLanes + i]] += sums[i];
           }
         }
       }

@@ -25,6 +25,7 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int64_t kBiasStride = 32;            // holds 2 * 13 - 1 columns, and all that a Window reads
 constexpr int64_t kForwardCache = 512 << 10;   // bytes of packed rows that should stay in a core's second-level cache
 constexpr int64_t kBackwardCache = 1024 << 10;
+constexpr int64_t kFetched = 2 << 20;          // bytes of queries, keys or values that the second-level caches hold
 constexpr int64_t kStreamed = 8 << 20;         // bytes of results: with all inputs, what a last-level cache may hold
 constexpr int64_t kLargestKernel = 13;
 constexpr int64_t kLeastProducts = 1 << 18;    // multiply-adds that are worth another thread
@@ -77,6 +78,7 @@ class Problem {
     call.dim = query.size(4);
     call.scale = scale;
     call.stream = query.numel() * c10::elementSize(accumulation) > kStreamed;
+    call.fetch = query.numel() * c10::elementSize(type) > kFetched;
     call.query = input(query);
     call.key = input(key);
     call.value = input(value);
@@ -86,13 +88,7 @@ class Problem {
       call.pad_key = small(pad_key->to(accumulation).contiguous());
       call.pad_value = small(pad_value->to(accumulation).contiguous());
     }
-    const int64_t rows = 2 * call.rows.kernel - 1, columns = 2 * call.columns.kernel - 1;
-    Tensor bias = at::zeros({call.heads * rows + 1, kBiasStride}, accumulation);
-    if (rpb) {
-      const Tensor table = rpb->to(accumulation).mul(1.4426950408889634);  // log2(e)
-      bias.narrow(0, 0, call.heads * rows).narrow(1, 0, columns).copy_(table.reshape({call.heads * rows, columns}));
-    }
-    call.bias = small(bias);
+    call.bias = small(accumulation == at::kDouble ? bias_rows<double>(rpb) : bias_rows<float>(rpb));
     call.bias_stride = kBiasStride;
     plan_columns(backward);
   }
@@ -108,6 +104,21 @@ class Problem {
   const Kernels& kernels;
 
  private:
+  // The biases times log2(e), in rows of kBiasStride; and a row of zeros, for Windows read past the last one.
+  template <class T>
+  Tensor bias_rows(const OptionalTensor& rpb) const {
+    const int64_t rows = call.heads * (2 * call.rows.kernel - 1), columns = 2 * call.columns.kernel - 1;
+    Tensor bias = at::zeros({rows + 1, kBiasStride}, accumulation);
+    if (!rpb) return bias;
+    const Tensor table = rpb->to(accumulation).contiguous();
+    const T* in = table.const_data_ptr<T>();
+    T* out = bias.mutable_data_ptr<T>();
+    for (int64_t i = 0; i < rows; ++i, out += kBiasStride) {
+      for (int64_t j = 0; j < columns; ++j) out[j] = *in++ * T(1.4426950408889634);
+    }
+    return bias;
+  }
+
   const void* small(const Tensor& t) {
     kept_.push_back(t);
     return t.const_data_ptr();
@@ -120,7 +131,7 @@ class Problem {
     if (backward) column = 5 * column / 2 + 2 * kernels.rows * (dim + call.rows.kernel * call.columns.kernel) * element;
     const int64_t width = (backward ? kBackwardCache : kForwardCache) / column;
     plan_ = std::make_unique<Plan>(call.columns, kernels.lanes, kernels.slots,
-                                   max_of(round_up(width, kernels.lanes), 2 * kernels.lanes));
+                                   max_of(round_up(width, kernels.lanes), 2 * kernels.lanes), backward);
     plan_->describe(&call);
   }
 
@@ -154,9 +165,11 @@ std::vector<Item> items_of(const Call& call, int64_t segments, int64_t first, in
 
 template <class F>
 void each_item(const std::vector<Item>& items, int64_t scratch, F&& f) {
+  // Here, not by each thread: what others than the main thread free, malloc gives back to the system.
+  const Tensor memory = at::empty({at::get_num_threads(), scratch}, at::kByte);
+  char* const first = static_cast<char*>(memory.mutable_data_ptr());
   at::parallel_for(0, static_cast<int64_t>(items.size()), 1, [&](int64_t begin, int64_t end) {
-    const Tensor memory = at::empty({scratch}, at::kByte);
-    for (int64_t i = begin; i < end; ++i) f(items[i], memory.mutable_data_ptr());
+    for (int64_t i = begin; i < end; ++i) f(items[i], first + at::get_thread_num() * scratch);
   });
 }
 

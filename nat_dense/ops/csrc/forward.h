@@ -47,10 +47,25 @@ class Forward {
         pack<V>(keys(call_.key, packed), keys_.at(packed), key_step_);
         copy<V>(keys(call_.value, packed), values_.at(packed), channels_);
       }
-      for (int64_t t = 0; t < segment_.tile_count; ++t) attend(block, segment_.tiles[t]);
+      const Rows rows(*this, block);
+      for (int64_t t = 0; t < segment_.tile_count; ++t) attend(block, rows, segment_.tiles[t]);
     }
     if (stream_) V::fence();
   }
+
+  // What the tiles of a block share.
+  struct Rows {
+    const RowsOf<T> keys, values;
+    Tokens<const S> query[V::kRows];
+    S* out[V::kRows];
+
+    Rows(const Forward& pass, const RowBlock& block) : keys(block, pass.keys_), values(block, pass.values_) {
+      for (int r = 0; r < block.count; ++r) {
+        query[r] = pass.queries<const S>(pass.call_.query, block.begin + r);
+        out[r] = pass.queries<S>(pass.call_.out, block.begin + r).row;
+      }
+    }
+  };
 
   Tokens<const S> keys(const Map& map, int64_t place) const {
     return tokens_of<const S>(call_, item_, map, place, segment_.key_column, segment_.key_count);
@@ -60,31 +75,27 @@ class Forward {
     return tokens_of<Stored>(call_, item_, map, place, segment_.query_column, segment_.query_count);
   }
 
-  void attend(const RowBlock& block, const Tile& tile) {
+  void attend(const RowBlock& block, const Rows& rows, const Tile& tile) {
     const int64_t dim = call_.dim, lanes = V::kLanes, kernel_columns = call_.columns.kernel;
-    S* out[V::kRows][V::kLanes];
+    int64_t column[V::kLanes];
+    for (int i = 0; i < tile.lanes; ++i) column[i] = segment_.query_column[tile.first + i] * call_.out.column;
     for (int r = 0; r < block.count; ++r) {
-      const auto query = queries<const S>(call_.query, block.begin + r);
-      pack<V>(query, tile.first, T(call_.scale * kLog2E), query_ + r * dim * lanes, lanes);
-      const auto row = queries<S>(call_.out, block.begin + r);
-      for (int i = 0; i < tile.lanes; ++i) {
-        out[r][i] = row.at(tile.first + i);
-        if (!stream_) row.fetch(out[r][i], dim);
-      }
+      pack<V>(rows.query[r], tile.first, T(call_.scale * kLog2E), query_ + r * dim * lanes, lanes);
+      for (int i = 0; i < tile.lanes && call_.fetch && !stream_; ++i) Tokens<S>::fetch(rows.out[r] + column[i], dim);
     }
-    score<V>(block, tile, query_, dim * lanes, lanes, keys_, key_step_, dim, &bias_, weight_,
+    score<V>(block, tile, query_, dim * lanes, lanes, rows.keys, key_step_, dim, &bias_, weight_,
              window_ * lanes, lanes, kernel_columns);
     for (int r = 0; r < block.count; ++r) {
       store_lse(block.begin + r, tile, softmax(block, tile, r));
     }
     const T* pad_value = call_.pad_key ? static_cast<const T*>(call_.pad_value) + item_.head * dim : nullptr;
-    const Gather<V> gather(call_, block, tile, weight_, window_ * lanes, lanes, values_, channels_);
+    const Gather<V> gather(call_, block, tile, weight_, window_ * lanes, lanes, rows.values, channels_);
     gather.run(
         [&](int r, int lane, int64_t d) NAT_DENSE_INLINE_LAMBDA {
           return pad_value ? V::broadcast(padded_[r * lanes + lane]) * V::load_part(pad_value + d, dim - d) : V::zero();
         },
         [&](int r, int lane, int64_t d, V sum) NAT_DENSE_INLINE_LAMBDA {
-          write(sum * V::broadcast(factor_[r * lanes + lane]), out[r][lane] + d, dim - d, stream_);
+          write(sum * V::broadcast(factor_[r * lanes + lane]), rows.out[r] + column[lane] + d, dim - d, stream_);
         });
   }
 
@@ -98,24 +109,32 @@ class Forward {
       const V logit = dot_with_one<V>(query_ + r * dim * lanes, lanes, key, dim);
       pads.fill(weight, lanes, logit, bias_.row(block.bias(r)), bias_.stride);
     }
-    V most = V::load(weight), total = V::zero();
-    for (int64_t i = 0; i < window_; i += call_.columns.kernel) {  // a chain per window row, not one through all
-      V row_most = V::load(weight + i * lanes);
-      for (int64_t j = i + 1; j < i + call_.columns.kernel; ++j) row_most = max(row_most, V::load(weight + j * lanes));
-      most = max(most, row_most);
-    }
-    for (int64_t i = 0; i < window_; i += call_.columns.kernel) {  // a sum per window row: fewer roundings in a chain
-      V row_total = V::zero();
-      for (int64_t j = i; j < i + call_.columns.kernel; ++j) {
-        const V p = exp2(V::load(weight + j * lanes) - most);
-        p.store(weight + j * lanes);
-        row_total = row_total + p;
-      }
-      total = total + row_total;
-    }
+    const V most = reduce(V::load(weight), [&](V most, int64_t i) NAT_DENSE_INLINE_LAMBDA {
+      return max(most, V::load(weight + i * lanes));
+    }, [](V a, V b) NAT_DENSE_INLINE_LAMBDA { return max(a, b); });
+    const V total = reduce(V::zero(), [&](V total, int64_t i) NAT_DENSE_INLINE_LAMBDA {
+      const V p = exp2(V::load(weight + i * lanes) - most);
+      p.store(weight + i * lanes);
+      return total + p;
+    }, [](V a, V b) NAT_DENSE_INLINE_LAMBDA { return a + b; });
     if (call_.pad_key) pads.take(weight, lanes).store(padded_ + r * lanes);
     (V::broadcast(T(1)) / total).store(factor_ + r * lanes);
     return (most + log2(total)) * V::broadcast(T(kLn2));
+  }
+
+  // Takes every value of the window into one of four results, and those together: short chains wait less and round less.
+  template <class Take, class Both>
+  NAT_DENSE_INLINE V reduce(V start, Take&& take, Both&& both) const {
+    V a = start, b = start, c = start, d = start;
+    int64_t i = 0;
+    for (; i + 4 <= window_; i += 4) {
+      a = take(a, i);
+      b = take(b, i + 1);
+      c = take(c, i + 2);
+      d = take(d, i + 3);
+    }
+    for (; i < window_; ++i) a = take(a, i);
+    return both(both(a, b), both(c, d));
   }
 
   void store_lse(int64_t place, const Tile& tile, V lse) {

@@ -28,7 +28,7 @@ struct Dot {
 // Bias of window column `column`, lane by lane.
 template <class V>
 NAT_DENSE_INLINE V bias_of(const Tile& tile, const typename V::scalar* row, int column) {
-  if (tile.straight) return V::broadcast(row[tile.bias + column]);
+  if (tile.uniform) return V::broadcast(row[tile.bias + column]);
   return typename V::template Window<false>(row).at(column, tile.bias_index);
 }
 
@@ -229,19 +229,21 @@ struct Tokens {
   S* next;  // the same of the row that is taken after this one; null if there is none
   int64_t stride;
   const int64_t* columns;
-  int64_t count, dim, ahead;
+  int64_t count, dim, ahead;  // 0: they lie in the caches, where asking costs more than it gains
 
   NAT_DENSE_INLINE S* at(int64_t position) const { return row + columns[position] * stride; }
 
-  // While the token at `position` is worked on.
-  NAT_DENSE_INLINE void look_ahead(int64_t position) const {
-    const int64_t later = position + ahead;
-    if (later < count) {
-      fetch(at(later), dim);
-    } else if (next && later - count < count) {
-      fetch(next + columns[later - count] * stride, dim);
-    }
+  // While the tokens [position, position + run) are worked on.
+  NAT_DENSE_INLINE void look_ahead(int64_t position, int64_t run) const {
+    if (ahead == 0) return;
+    const int64_t later = position + ahead, in_row = min_of(max_of(count - later, 0), run);
+    for (int64_t i = later; i < later + in_row; ++i) fetch(at(i), dim);
+    if (!next) return;
+    const int64_t end = min_of(later + run - count, count);
+    for (int64_t i = later + in_row - count; i < end; ++i) fetch(next + columns[i] * stride, dim);
   }
+
+  static constexpr int64_t kRun = 8;  // tokens that are copied at a time
 
   static NAT_DENSE_INLINE void fetch(const S* token, int64_t dim) {
 #if defined(__GNUC__)
@@ -253,30 +255,37 @@ struct Tokens {
 // Tokens -> [position][step], in the type that is computed in. Channels past the last are zero.
 template <class V, class S>
 void copy(Tokens<const S> tokens, typename V::scalar* out, int64_t step) {
+  const int64_t whole = tokens.dim / V::kLanes * V::kLanes;
   for (int64_t i = 0; i < tokens.count; ++i, out += step) {
-    tokens.look_ahead(i);
+    if (i % tokens.kRun == 0) tokens.look_ahead(i, tokens.kRun);
     const S* token = tokens.at(i);
-    for (int64_t d = 0; d < tokens.dim; d += V::kLanes) V::load_part(token + d, tokens.dim - d).store(out + d);
+    for (int64_t d = 0; d < whole; d += V::kLanes) V::load_part(token + d, V::kLanes).store(out + d);
+    if (whole < tokens.dim) V::load_part(token + whole, tokens.dim - whole).store(out + whole);
   }
 }
 
-// A vector of tokens -> [dim][step], times `factor`: lanes become positions.
+// Channels of a vector of tokens -> [channels][step], times `scale`: lanes become positions.
+template <class V, class S>
+NAT_DENSE_INLINE void pack_channels(const S* const (&token)[V::kLanes], int64_t first, int64_t channels, V scale,
+                                    typename V::scalar* out, int64_t step) {
+  V block[V::kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < V::kLanes; ++i) block[i] = V::load_part(token[i] + first, channels);
+  V::transpose(block);
+#pragma GCC unroll 16
+  for (int i = 0; i < V::kLanes; ++i, out += step) {
+    if (i < channels) (block[i] * scale).store(out);
+  }
+}
+
+// A vector of tokens -> [dim][step], times `factor`.
 template <class V, class S>
 NAT_DENSE_INLINE void pack(const S* const (&token)[V::kLanes], int64_t dim, typename V::scalar factor,
                            typename V::scalar* out, int64_t step) {
-  constexpr int kLanes = V::kLanes;
   const V scale = V::broadcast(factor);
-  for (int64_t d = 0; d < dim; d += kLanes) {
-    const int64_t channels = min_of(kLanes, dim - d);
-    V block[kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) block[i] = V::load_part(token[i] + d, channels);
-    V::transpose(block);
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if (i < channels) (block[i] * scale).store(out + (d + i) * step);
-    }
-  }
+  int64_t d = 0;
+  for (; d + V::kLanes <= dim; d += V::kLanes) pack_channels<V>(token, d, V::kLanes, scale, out + d * step, step);
+  if (d < dim) pack_channels<V>(token, d, dim - d, scale, out + d * step, step);
 }
 
 // The tokens from `position` on; those past the last repeat it.
@@ -284,10 +293,8 @@ template <class V, class S>
 NAT_DENSE_INLINE void pack(const Tokens<const S>& tokens, int64_t position, typename V::scalar factor,
                            typename V::scalar* out, int64_t step) {
   const S* token[V::kLanes];
-  for (int i = 0; i < V::kLanes; ++i) {
-    tokens.look_ahead(position + i);
-    token[i] = tokens.at(min_of(position + i, tokens.count - 1));
-  }
+  tokens.look_ahead(position, V::kLanes);
+  for (int i = 0; i < V::kLanes; ++i) token[i] = tokens.at(min_of(position + i, tokens.count - 1));
   pack<V>(token, tokens.dim, factor, out, step);
 }
 
@@ -307,6 +314,7 @@ template <class V, class S>
 NAT_DENSE_INLINE void write(V x, S* p, int64_t count, bool stream) {
   if constexpr (std::is_same<S, typename V::scalar>::value) {
     if (stream) return x.stream(p);
+    if (count >= V::kLanes) return x.store(p);
   }
   x.store_part(p, count);
 }
@@ -317,7 +325,7 @@ void put(const typename V::scalar* in, int64_t step, typename V::scalar factor, 
          bool stream) {
   const V scale = V::broadcast(factor);
   for (int64_t i = 0; i < tokens.count; ++i, in += step) {
-    if (!stream) tokens.look_ahead(i);
+    if (!stream && i % tokens.kRun == 0) tokens.look_ahead(i, tokens.kRun);
     S* token = tokens.at(i);
     for (int64_t d = 0; d < tokens.dim; d += V::kLanes) {
       V sum = V::load(in + d) * scale;

@@ -55,10 +55,11 @@ struct Tile {
   int32_t columns;   // window columns with a real key in some lane
   int32_t key;       // key position, in its segment, that `index` counts from
   int32_t bias;      // bias column of lane 0's first key
-  bool straight;     // lane l's window starts at key + l, and all lanes have one bias column and one limit
+  bool straight;     // lane l's window starts at key + l, and all lanes have one limit
+  bool uniform;      // straight, and window column b has bias column bias + b in all lanes
   bool ragged;       // some lanes have a real key in the last column, some a padded one
   const int32_t* index;       // [columns][lanes] key slots from `key`; null where straight
-  const int32_t* bias_index;  // [kernel][lanes] bias columns; null where straight
+  const int32_t* bias_index;  // [kernel][lanes] bias columns; null where uniform
   const int32_t* limit;       // [lanes] real window columns; null unless ragged
 };
 
@@ -69,14 +70,16 @@ struct Viewers {
 };
 
 // Columns that are worked on together, so that their keys stay in cache. Positions are columns sorted by dilation
-// group: windows are then consecutive positions whatever the dilation.
+// group: windows are then consecutive positions whatever the dilation. At the ends of an axis copies of columns may
+// stand in for those that are not there.
 struct Segment {
   int64_t query_count, key_count;
+  int64_t real_begin, real_end;  // keys that are not copies
   const int64_t* query_column;  // [query_count] position -> column of the map
   const int64_t* key_column;    // [key_count]
   const Tile* tiles;
   int64_t tile_count;
-  const Viewers* viewers;       // [key_count]
+  const Viewers* viewers;       // [key_count]; null in the forward pass
 };
 
 // One call of the operator. Accumulation type: float for float and bfloat16 inputs, double for double.
@@ -94,6 +97,7 @@ struct Call {
   int64_t query_stride, key_stride;  // row lengths of packed buffers, the same for all segments
 
   bool stream;  // results are too many for the caches: they needn't pass through them
+  bool fetch;   // tokens are too many for the caches: they are asked for before it is their turn
 
   Map out;    // forward
   void* lse;  // accumulation type, [B, H, W, heads]

@@ -39,9 +39,8 @@ struct Avx512Vec {
   }
 
   friend NAT_DENSE_INLINE Avx512Vec exp2(Avx512Vec x) {
-    const Avx512Vec bounded = max(broadcast(-200.0f), x);  // -inf gives 0; a NaN in the second operand passes
-    const __m512 whole = _mm512_roundscale_ps(bounded.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return {_mm512_scalef_ps(polynomial(Avx512Vec{_mm512_sub_ps(bounded.v, whole)}, kExp2).v, whole)};
+    const Avx512Vec rest{_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};  // of -inf: 0
+    return {_mm512_scalef_ps(polynomial(rest, kExp2).v, _mm512_sub_ps(x.v, rest.v))};
   }
   friend NAT_DENSE_INLINE Avx512Vec log2(Avx512Vec x) {
     __m512 exponent = _mm512_getexp_ps(x.v);
@@ -66,13 +65,22 @@ struct Avx512Vec {
     const float* row;
     __m512 low, high;
     explicit NAT_DENSE_INLINE Window(const float* row) : row(row) {
-      if constexpr (!Straight) {
-        low = _mm512_loadu_ps(row);
-        high = _mm512_loadu_ps(row + 16);
-      }
+      low = _mm512_loadu_ps(row);
+      high = _mm512_loadu_ps(row + 16);
     }
     NAT_DENSE_INLINE Avx512Vec at(int column, const int32_t* index) const {
-      if constexpr (Straight) return held(load(row + column));
+      if constexpr (Straight) {
+        const __m512i a = _mm512_castps_si512(low), b = _mm512_castps_si512(high);
+        switch (column) {
+          case 0: return {low};
+          case 1: return held({_mm512_castsi512_ps(_mm512_alignr_epi32(b, a, 1))});
+          case 2: return held({_mm512_castsi512_ps(_mm512_alignr_epi32(b, a, 2))});
+          case 3: return held({_mm512_castsi512_ps(_mm512_alignr_epi32(b, a, 3))});
+          case 4: return held({_mm512_castsi512_ps(_mm512_alignr_epi32(b, a, 4))});
+          case 5: return held({_mm512_castsi512_ps(_mm512_alignr_epi32(b, a, 5))});
+          default: return held({_mm512_castsi512_ps(_mm512_alignr_epi32(b, a, 6))});
+        }
+      }
       return {_mm512_permutex2var_ps(low, _mm512_loadu_si512(index + column * 16), high)};
     }
   };

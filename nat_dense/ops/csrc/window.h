@@ -45,7 +45,8 @@ Tokens<S> tokens_of(const Call& call, const Item& item, const Map& map, int64_t 
   S* head = static_cast<S*>(map.data) + item.batch * map.batch + item.head * map.head;
   const auto row = [&](int64_t place) { return head + token_of(call.rows, item.group, place) * map.row; };
   S* next = place + 1 < real_members(call.rows, item.group) ? row(place + 1) : nullptr;
-  const int64_t ahead = max_of(4096 / (call.dim * static_cast<int64_t>(sizeof(S))), 1);  // 4 KiB
+  const int64_t bytes = call.dim * static_cast<int64_t>(sizeof(S));
+  const int64_t ahead = call.fetch ? max_of(4096 / bytes, 1) : 0;  // 4 KiB
   return {row(place), next, map.column, columns, count, call.dim, ahead};
 }
 
@@ -87,6 +88,16 @@ class RowBlock {
   const int64_t kernel_;
   int64_t start_[kMostRows], limit_[kMostRows];
   int first_[kMostPlaces], last_[kMostPlaces];
+};
+
+// The rows of a ring that a block of query rows sees, found once: finding one divides.
+template <class T>
+struct RowsOf {
+  const T* row[RowBlock::kMostPlaces];
+
+  RowsOf(const RowBlock& block, const Ring<T>& ring) {
+    for (int64_t place = block.low; place < block.high; ++place) row[place - block.low] = ring.at(place);
+  }
 };
 
 // The values of one query row of a tile: [window row][window column][lanes], `step` apart. Real keys come first on
@@ -169,7 +180,7 @@ struct Bias {
 // Scores of a block of query rows against the key rows that they see: out + r * out_row is [window][step].
 template <class V>
 void score(const RowBlock& block, const Tile& tile, const typename V::scalar* x, int64_t x_row, int64_t x_step,
-           const Ring<typename V::scalar>& keys, int64_t key_step, int64_t dim, const Bias<V>* bias,
+           const RowsOf<typename V::scalar>& keys, int64_t key_step, int64_t dim, const Bias<V>* bias,
            typename V::scalar* out, int64_t out_row, int64_t out_step, int64_t kernel_columns) {
   static_assert(V::kRows <= RowBlock::kMostRows);
   Dot<V> a;
@@ -186,7 +197,7 @@ void score(const RowBlock& block, const Tile& tile, const typename V::scalar* x,
       a.bias[r - first] = bias ? bias->row(block.bias(r) + window_row) : nullptr;
       a.out[r - first] = out + r * out_row + window_row * kernel_columns * out_step;
     }
-    a.y = keys.at(place) + tile.key;
+    a.y = keys.row[place - block.low] + tile.key;
     dot(a, last - first);
   }
 }
@@ -197,19 +208,18 @@ class Gather {
   using T = typename V::scalar;
 
  public:
-  // `weight`: query row r's are at weight + r * weight_row, [window][weight_step]. `values`: by place, [key
-  // position][step], `step` channels in whole vectors.
+  // `weight`: query row r's are at weight + r * weight_row, [window][weight_step]. `values`: [key position][step], `step`
+  // channels in whole vectors.
   Gather(const Call& call, const RowBlock& block, const Tile& tile, const T* weight, int64_t weight_row,
-         int64_t weight_step, const Ring<T>& values, int64_t step)
+         int64_t weight_step, const RowsOf<T>& values, int64_t step)
       : block_(block),
         tile_(tile),
         weight_(weight),
         weight_row_(weight_row),
         weight_step_(weight_step),
         window_row_(call.columns.kernel * weight_step),
-        step_(step) {
-    for (int64_t place = block.low; place < block.high; ++place) values_[place - block.low] = values.at(place);
-  }
+        step_(step),
+        values_(values) {}
 
   // For every query: sum = start(r, lane, d), plus its window's values; then finish(r, lane, d, sum). The sum is of a
   // vector of channels from d on.
@@ -256,7 +266,7 @@ class Gather {
     const int columns = limit(lane);
     for (int64_t i = 0; i < places; ++i) {
       add_rows<V, 0, V::kRows>(block_.first(block_.low + i), block_.last(block_.low + i), weight, weight_step_,
-                               window_row_, values_[i] + offset, step_, columns, sum);
+                               window_row_, values_.row[i] + offset, step_, columns, sum);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < V::kRows; ++r) {
@@ -273,7 +283,7 @@ class Gather {
   const Tile& tile_;
   const T* const weight_;
   const int64_t weight_row_, weight_step_, window_row_, step_;
-  const T* values_[RowBlock::kMostPlaces];
+  const RowsOf<T>& values_;
 };
 
 }  // namespace
