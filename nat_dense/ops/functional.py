@@ -187,6 +187,8 @@ def _checked(
 
 
 def _pair(name: str, value: int | Pair) -> Pair:
+    if type(value) is int:
+        return value, value
     pair = tuple(value) if isinstance(value, list | tuple) else (value, value)
     if len(pair) != 2 or any(not isinstance(n, int) or isinstance(n, bool) for n in pair):
         raise ValueError(f"{name}={value!r}: expected an int or a pair of ints (rows, columns)")
@@ -200,8 +202,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"{shapes}: expected three tensors of one shape [B, H, W, heads, head_dim]")
     if 0 in shape[1:]:
         raise ValueError(
-            f"query, key, value {tuple(shape)}: expected at least one row, column, head and channel (only the batch may "
-            "be empty)"
+            f"query, key and value {tuple(shape)}: expected at least one row, column, head and channel (only the batch "
+            "may be empty)"
         )
     if query.dtype not in DTYPES or not query.dtype == key.dtype == value.dtype:
         found = f"query {query.dtype}, key {key.dtype}, value {value.dtype}"
@@ -211,9 +213,9 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _check_window(query: Tensor, kernel_size: Pair, dilation: Pair, padded: bool) -> None:
-    if any(k < 3 or k % 2 == 0 for k in kernel_size):
+    if min(kernel_size) < 3 or kernel_size[0] % 2 == 0 or kernel_size[1] % 2 == 0:
         raise ValueError(f"kernel_size={kernel_size}: expected odd numbers >= 3")
-    if any(d < 1 for d in dilation):
+    if min(dilation) < 1:
         raise ValueError(f"dilation={dilation}: expected numbers >= 1")
     size = (query.shape[1], query.shape[2])
     if not padded and completed_size(size, kernel_size, dilation) != size:
@@ -228,17 +230,22 @@ def _check_extras(
     query: Tensor, rpb: Tensor | None, pad_key: Tensor | None, pad_value: Tensor | None, kernel_size: Pair
 ) -> None:
     heads, dim = query.shape[3:]
-    expected = {"rpb": (heads, *(2 * k - 1 for k in kernel_size)), "pad_key": (heads, dim), "pad_value": (heads, dim)}
-    for name, tensor in (("rpb", rpb), ("pad_key", pad_key), ("pad_value", pad_value)):
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != expected[name]:
-            wanted = f"{expected[name]} for {heads} heads of {dim}, kernel_size {kernel_size}"
+
+    def check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+        if tensor.shape != shape:
+            wanted = f"{tuple(shape)} for {heads} heads of {dim}, kernel_size {kernel_size}"
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {wanted}")
         if tensor.dtype not in (query.dtype, torch.float32):
             raise ValueError(f"{name} is {tensor.dtype}; expected {query.dtype} (the query's) or torch.float32")
         if tensor.device != query.device:
             raise ValueError(f"{name} is on {tensor.device}; expected {query.device} (the query's)")
+
+    if rpb is not None:
+        check("rpb", rpb, (heads, 2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1))
+    if pad_key is not None:
+        check("pad_key", pad_key, (heads, dim))
+    if pad_value is not None:
+        check("pad_value", pad_value, (heads, dim))
     if (pad_key is None) != (pad_value is None):
         raise ValueError("pad_key and pad_value go together: pass both or neither")
 

@@ -61,8 +61,7 @@ class Problem:
 
 def completed_size(size: Pair, kernel_size: Pair, dilation: Pair) -> Pair:
     """Smallest map (rows, columns) that holds `size` and one dilated window per axis."""
-    height, width = (max(n, k * d) for n, k, d in zip(size, kernel_size, dilation, strict=True))
-    return height, width
+    return max(size[0], kernel_size[0] * dilation[0]), max(size[1], kernel_size[1] * dilation[1])
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -61,10 +61,13 @@ NAT_DENSE_NOINLINE void dot_block(const Dot<V>& a, int column) {
     }
     y += a.y_step;
   }
+  T* out[R];  // copies: for all that the compiler knows, a store might change `a`
+  for (int r = 0; r < R; ++r) out[r] = a.out[r] + column * a.out_step;
+  const int64_t out_step = a.out_step;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) sum[r][c].store(a.out[r] + (column + c) * a.out_step);
+    for (int c = 0; c < C; ++c) sum[r][c].store(out[r] + c * out_step);
   }
 }
 
@@ -173,18 +176,23 @@ struct Scatter {
 template <class V, int R, int D>
 NAT_DENSE_INLINE void scatter_channels(const Scatter<V>& a, int64_t channel) {
   using T = typename V::scalar;
-  const int64_t step = a.step, weight_row = a.weight_row;
-  for (int64_t k = 0; k < a.keys; ++k) {
-    const Viewers seen = a.viewers[k];
+  // Copies: for all that the compiler knows, a store might change `a`.
+  const int64_t step = a.step, weight_row = a.weight_row, keys = a.keys;
+  const Viewers* const viewers = a.viewers;
+  const T *const weights = a.weight, *const ys = a.y + channel;
+  T* out[R];
+  for (int r = 0; r < R; ++r) out[r] = a.out[r] + channel;
+  for (int64_t k = 0; k < keys; ++k) {
+    const Viewers seen = viewers[k];
     V sum[R][D];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-      for (int d = 0; d < D; ++d) sum[r][d] = V::load(a.out[r] + k * step + channel + d * V::kLanes);
+      for (int d = 0; d < D; ++d) sum[r][d] = V::load(out[r] + d * V::kLanes);
     }
-    const T* y = a.y + seen.query * step + channel;
+    const T* y = ys + seen.query * step;
     for (int i = 0; i < seen.count; ++i) {
-      const T* weight = a.weight + seen.weight[i];
+      const T* weight = weights + seen.weight[i];
       V query[D];
 #pragma GCC unroll 8
       for (int d = 0; d < D; ++d) query[d] = V::held(V::load(y + d * V::kLanes));
@@ -199,7 +207,8 @@ NAT_DENSE_INLINE void scatter_channels(const Scatter<V>& a, int64_t channel) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-      for (int d = 0; d < D; ++d) sum[r][d].store(a.out[r] + k * step + channel + d * V::kLanes);
+      for (int d = 0; d < D; ++d) sum[r][d].store(out[r] + d * V::kLanes);
+      out[r] += step;
     }
   }
 }
