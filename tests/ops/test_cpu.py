@@ -37,6 +37,8 @@ LAYOUTS = (
     Case("k 13, columns of one window", (14, 13), (13, 13), dim=16, heads=1),
     Case("a last segment of one column", (8, 33), dim=512, heads=1),
     Case("padded rows, whole columns", (5, 20), (7, 7), padded=True, dim=16),
+    Case("tokens that are asked for ahead", (40, 70), dim=64, heads=4),
+    Case("tokens asked for ahead, dilated", (40, 70), dilation=(2, 3), dim=64, heads=4),
     Case("dilation of detection", (25, 38), dilation=(3, 3), heads=1),
     Case("padded columns of two lengths", (9, 45), (7, 7), (1, 8), padded=True, dim=16),
     Case("padded rows of two lengths", (11, 20), (5, 5), (3, 2), padded=True, dim=16, batch=2),

@@ -24,6 +24,7 @@ class Backward {
         query_step_(call.query_stride),
         channels_(round_up(call.dim, V::kLanes)),
         bias_(call, item.head),
+        next_(call, item, arena, {&call.key, &call.value}, {&call.query, &call.grad_out}),
         keys_(arena, slots_, call.dim * key_step_),
         values_(arena, slots_, call.dim * key_step_),
         key_tokens_(arena, slots_, channels_ * key_step_),
@@ -48,6 +49,7 @@ class Backward {
   static void run(const Call& call, const Item& item, const Partial& partial, void* memory) {
     Arena arena(memory);
     Backward pass(call, item, partial, arena);
+    pass.next_.start();
     for (int64_t i = 0; i < call.segment_count; ++i) {
       const Segment& segment = call.segments[i];
       const int64_t* begun = i ? (&segment)[-1].key_column + (&segment)[-1].key_count : segment.key_column;
@@ -76,23 +78,26 @@ class Backward {
     while (begin > 0 && window_start(rows, group, begin - 1) + rows.kernel > item_.begin) --begin;
     while (end < real_members(rows, group) && window_start(rows, group, end) < item_.end) ++end;
     int64_t finished = window_start(rows, group, begin), packed = finished;
+    bool cold = true;
     for (int64_t i = begin; i < end; i += V::kRows) {
       const RowBlock block(rows, group, i, end, V::kRows);
       for (; finished < block.low; ++finished) flush(segment, finished, begun);
       for (; packed < block.high; ++packed) {
-        const auto key = keys<const S>(call_.key, packed, segment);
+        const auto key = keys<const S>(call_.key, packed, segment, cold);
         pack<V>(key, keys_.at(packed), key_step_);
         copy<V>(key, key_tokens_.at(packed), channels_);
-        pack<V>(keys<const S>(call_.value, packed, segment), values_.at(packed), key_step_);
+        pack<V>(keys<const S>(call_.value, packed, segment, cold), values_.at(packed), key_step_);
         clear(grad_keys_.at(packed), segment.key_count * channels_);
         clear(grad_values_.at(packed), segment.key_count * channels_);
       }
       for (int r = 0; r < block.count; ++r) {
-        copy<V>(queries<const S>(call_.query, i + r, segment), query_tokens_.at(r), channels_);
-        copy<V>(queries<const S>(call_.grad_out, i + r, segment), grad_out_tokens_.at(r), channels_);
+        copy<V>(queries<const S>(call_.query, i + r, segment, cold), query_tokens_.at(r), channels_);
+        copy<V>(queries<const S>(call_.grad_out, i + r, segment, cold), grad_out_tokens_.at(r), channels_);
       }
+      next_.look(block, end);
       const Rows rows{{block, keys_}, {block, values_}, {block, key_tokens_}};
       for (int64_t t = 0; t < segment.tile_count; ++t) differentiate(block, rows, segment, t);
+      cold = next_.count() > 2 * (block.high - block.low);  // not all were asked for
       for (int64_t key = 0; key < segment.key_count; key += kKeysAtOnce) {
         for (int r = 0; r < block.count; ++r) scatter_row(block, segment, r, key);
       }
@@ -106,12 +111,12 @@ class Backward {
   }
 
   template <class Stored>
-  Tokens<Stored> keys(const Map& map, int64_t place, const Segment& segment) const {
-    return tokens_of<Stored>(call_, item_, map, place, segment.key_column, segment.key_count);
+  Tokens<Stored> keys(const Map& map, int64_t place, const Segment& segment, bool cold) const {
+    return tokens_of<Stored>(call_, item_, map, place, segment.key_column, segment.key_count, cold);
   }
   template <class Stored>
-  Tokens<Stored> queries(const Map& map, int64_t place, const Segment& segment) const {
-    return tokens_of<Stored>(call_, item_, map, place, segment.query_column, segment.query_count);
+  Tokens<Stored> queries(const Map& map, int64_t place, const Segment& segment, bool cold) const {
+    return tokens_of<Stored>(call_, item_, map, place, segment.query_column, segment.query_count, cold);
   }
 
   struct Rows {
@@ -134,15 +139,16 @@ class Backward {
       pack<V>(query, dim, T(call_.scale * kLog2E), query_ + r * dim * V::kLanes, V::kLanes);
       pack<V>(grad_out, dim, T(1), grad_out_ + r * dim * V::kLanes, V::kLanes);
     }
+    const int64_t column = segment.query_column[tile.first];
     score<V>(block, tile, query_, dim * V::kLanes, V::kLanes, rows.keys, key_step_, dim, &bias_, weight, weight_.row,
-             query_step_, kernel_columns);
+             query_step_, kernel_columns, [&](int64_t i) { return next_.at(i, column); });
     score<V>(block, tile, grad_out_, dim * V::kLanes, V::kLanes, rows.values, key_step_, dim, nullptr, grad,
-             grad_logit_.row, query_step_, kernel_columns);
+             grad_logit_.row, query_step_, kernel_columns, [&](int64_t i) { return next_.at(block.high - block.low + i, column); });
     for (int r = 0; r < block.count; ++r) softmax_gradient(block, segment, t, r);
     const bool stream = streams<V, S>(call_);
     S* out[V::kRows][V::kLanes] = {};
     for (int r = 0; r < block.count; ++r) {
-      const auto row = queries<S>(call_.grad_query, block.begin + r, segment);
+      const auto row = queries<S>(call_.grad_query, block.begin + r, segment, true);
       for (int i = 0; i < tile.lanes && owns(block.begin + r); ++i) {
         out[r][i] = row.at(tile.first + i);
         if (call_.fetch && !stream) row.fetch(out[r][i], dim);
@@ -267,7 +273,7 @@ class Backward {
     const int64_t skipped = segment.real_begin * channels_;
     const auto real_keys = [&](const Map& map) {
       return tokens_of<T>(call_, item_, map, place, segment.key_column + segment.real_begin,
-                          segment.real_end - segment.real_begin);
+                          segment.real_end - segment.real_begin, true);
     };
     begun -= segment.real_begin;
     put<V>(grad_keys_.at(place) + skipped, channels_, scale, real_keys(call_.grad_key), begun, stream);
@@ -303,6 +309,7 @@ class Backward {
   const Partial& partial_;
   const int64_t window_, slots_, key_step_, query_step_, channels_;
   const Bias<V> bias_;
+  NextRows<V, S> next_;
   const Ring<T> keys_, values_;                            // by place, [dim][key positions]
   const Ring<T> key_tokens_, grad_keys_, grad_values_;     // by place, [key positions][channels]
   const Ring<T> query_tokens_, grad_out_tokens_;           // by query row of the block, [query positions][channels]

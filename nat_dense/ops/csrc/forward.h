@@ -20,6 +20,7 @@ class Forward {
         key_step_(call.key_stride),
         channels_(round_up(call.dim, V::kLanes)),
         bias_(call, item.head),
+        next_(call, item, arena, {&call.key, &call.value}, {&call.query}),
         keys_(arena, call.rows.kernel + V::kRows - 1, call.dim * key_step_),
         values_(arena, call.rows.kernel + V::kRows - 1, channels_ * key_step_),
         query_(arena.take<T>(V::kRows * call.dim * V::kLanes)),
@@ -40,15 +41,19 @@ class Forward {
 
  private:
   void run() {
+    next_.start();
     int64_t packed = 0;
+    bool cold = true;
     for (int64_t i = item_.begin; i < item_.end; i += V::kRows) {
       const RowBlock block(call_.rows, item_.group, i, item_.end, V::kRows);
       for (packed = max_of(packed, block.low); packed < block.high; ++packed) {
-        pack<V>(keys(call_.key, packed), keys_.at(packed), key_step_);
-        copy<V>(keys(call_.value, packed), values_.at(packed), channels_);
+        pack<V>(keys(call_.key, packed, cold), keys_.at(packed), key_step_);
+        copy<V>(keys(call_.value, packed, cold), values_.at(packed), channels_);
       }
-      const Rows rows(*this, block);
+      const Rows rows(*this, block, cold);
+      next_.look(block, item_.end);
       for (int64_t t = 0; t < segment_.tile_count; ++t) attend(block, rows, segment_.tiles[t]);
+      cold = next_.count() > block.high - block.low;  // not all were asked for
     }
     if (stream_) V::fence();
   }
@@ -59,20 +64,20 @@ class Forward {
     Tokens<const S> query[V::kRows];
     S* out[V::kRows];
 
-    Rows(const Forward& pass, const RowBlock& block) : keys(block, pass.keys_), values(block, pass.values_) {
+    Rows(const Forward& pass, const RowBlock& block, bool cold) : keys(block, pass.keys_), values(block, pass.values_) {
       for (int r = 0; r < block.count; ++r) {
-        query[r] = pass.queries<const S>(pass.call_.query, block.begin + r);
-        out[r] = pass.queries<S>(pass.call_.out, block.begin + r).row;
+        query[r] = pass.queries<const S>(pass.call_.query, block.begin + r, cold);
+        out[r] = pass.queries<S>(pass.call_.out, block.begin + r, cold).row;
       }
     }
   };
 
-  Tokens<const S> keys(const Map& map, int64_t place) const {
-    return tokens_of<const S>(call_, item_, map, place, segment_.key_column, segment_.key_count);
+  Tokens<const S> keys(const Map& map, int64_t place, bool cold) const {
+    return tokens_of<const S>(call_, item_, map, place, segment_.key_column, segment_.key_count, cold);
   }
   template <class Stored>
-  Tokens<Stored> queries(const Map& map, int64_t place) const {
-    return tokens_of<Stored>(call_, item_, map, place, segment_.query_column, segment_.query_count);
+  Tokens<Stored> queries(const Map& map, int64_t place, bool cold) const {
+    return tokens_of<Stored>(call_, item_, map, place, segment_.query_column, segment_.query_count, cold);
   }
 
   void attend(const RowBlock& block, const Rows& rows, const Tile& tile) {
@@ -84,7 +89,7 @@ class Forward {
       for (int i = 0; i < tile.lanes && call_.fetch && !stream_; ++i) Tokens<S>::fetch(rows.out[r] + column[i], dim);
     }
     score<V>(block, tile, query_, dim * lanes, lanes, rows.keys, key_step_, dim, &bias_, weight_,
-             window_ * lanes, lanes, kernel_columns);
+             window_ * lanes, lanes, kernel_columns, [&](int64_t i) { return next_.at(i, segment_.query_column[tile.first]); });
     for (int r = 0; r < block.count; ++r) {
       store_lse(block.begin + r, tile, softmax(block, tile, r));
     }
@@ -151,6 +156,7 @@ class Forward {
   const bool stream_;
   const int64_t window_, key_step_, channels_;
   const Bias<V> bias_;
+  NextRows<V, S> next_;
   const Ring<T> keys_;    // by place, [dim][key positions]
   const Ring<T> values_;  // by place, [key positions][channels]
   T* const query_;        // [rows][dim][lanes], scaled

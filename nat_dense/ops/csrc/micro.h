@@ -9,6 +9,22 @@
 namespace nat_dense {
 namespace {
 
+constexpr int64_t kLine = 64;  // bytes of a cache line, or half of one
+
+// Inlined, or GCC takes a function of nothing else for one without effect.
+NAT_DENSE_INLINE void prefetch(const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p);
+#endif
+}
+
+// Lines of memory that will be needed later, to be asked for at `first` plus each of [dim] offsets in bytes. One with each
+// channel of a product: a processor has a few dozen requests under way at most, and drops what comes on top.
+struct Lines {
+  const char* first;  // null: there are none
+  const int64_t* offset;
+};
+
 // For up to V::kRows query rows that share a key row, out[row][column] = bias + sum over channels of
 // x[row] * (key of that window column).
 template <class V>
@@ -23,6 +39,7 @@ struct Dot {
   int64_t out_step;
   int64_t dim;
   const Tile* tile;
+  Lines later;
 };
 
 // Bias of window column `column`, lane by lane.
@@ -32,7 +49,7 @@ NAT_DENSE_INLINE V bias_of(const Tile& tile, const typename V::scalar* row, int 
   return typename V::template Window<false>(row).at(column, tile.bias_index);
 }
 
-template <class V, bool Straight, int R, int C>
+template <class V, bool Straight, bool Later, int R, int C>
 NAT_DENSE_NOINLINE void dot_block(const Dot<V>& a, int column) {
   using T = typename V::scalar;
   V sum[R][C];
@@ -46,6 +63,7 @@ NAT_DENSE_NOINLINE void dot_block(const Dot<V>& a, int column) {
   const T* x[R];
   for (int r = 0; r < R; ++r) x[r] = a.x[r];
   for (int64_t d = 0; d < a.dim; ++d) {
+    if constexpr (Later) prefetch(a.later.first + a.later.offset[d]);
     const typename V::template Window<Straight> keys(y);
     V query[R];
 #pragma GCC unroll 8
@@ -72,15 +90,15 @@ NAT_DENSE_NOINLINE void dot_block(const Dot<V>& a, int column) {
 }
 
 // Blocks of the size that fits the registers: the first R rows, C columns at a time.
-template <class V, bool Straight, int R = V::kRows, int C = V::kColumns>
+template <class V, bool Straight, bool Later, int R = V::kRows, int C = V::kColumns>
 NAT_DENSE_INLINE void dot_rows(const Dot<V>& a, int rows, int column, int columns) {
   if constexpr (R > 1) {
-    if (rows < R) return dot_rows<V, Straight, R - 1, C>(a, rows, column, columns);
+    if (rows < R) return dot_rows<V, Straight, Later, R - 1, C>(a, rows, column, columns);
   }
   if constexpr (C > 1) {
-    if (columns < C) return dot_rows<V, Straight, R, C - 1>(a, rows, column, columns);
+    if (columns < C) return dot_rows<V, Straight, Later, R, C - 1>(a, rows, column, columns);
   }
-  dot_block<V, Straight, R, C>(a, column);
+  dot_block<V, Straight, Later, R, C>(a, column);
 }
 
 // Calls f(first column, columns) for blocks of nearly equal width, none wider than `most`.
@@ -95,13 +113,22 @@ NAT_DENSE_INLINE void split_columns(int columns, int most, F&& f) {
   }
 }
 
+template <class V, bool Straight>
+void dot_columns(const Dot<V>& a, int rows, int column, int columns) {
+  if (a.later.first && column == 0) {
+    dot_rows<V, Straight, true>(a, rows, column, columns);
+  } else {
+    dot_rows<V, Straight, false>(a, rows, column, columns);
+  }
+}
+
 template <class V>
 void dot(const Dot<V>& a, int rows) {
   split_columns(a.tile->columns, V::kColumns, [&](int column, int columns) {
     if (a.tile->straight) {
-      dot_rows<V, true>(a, rows, column, columns);
+      dot_columns<V, true>(a, rows, column, columns);
     } else {
-      dot_rows<V, false>(a, rows, column, columns);
+      dot_columns<V, false>(a, rows, column, columns);
     }
   });
 }
@@ -255,9 +282,7 @@ struct Tokens {
   static constexpr int64_t kRun = 8;  // tokens that are copied at a time
 
   static NAT_DENSE_INLINE void fetch(const S* token, int64_t dim) {
-#if defined(__GNUC__)
-    for (int64_t d = 0; d < dim; d += 64 / sizeof(S)) __builtin_prefetch(token + d);
-#endif
+    for (int64_t d = 0; d < dim; d += kLine / sizeof(S)) prefetch(token + d);
   }
 };
 

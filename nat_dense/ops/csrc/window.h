@@ -1,6 +1,8 @@
 // What the forward and the backward pass share: scratch memory, rows of keys, and the padded part of a window.
 #pragma once
 
+#include <initializer_list>
+
 #include "micro.h"
 
 namespace nat_dense {
@@ -38,15 +40,15 @@ struct Ring {
   T* at(int64_t place) const { return data + place % slots * row; }
 };
 
-// The tokens of one place of an item's row group, in these columns.
+// The tokens of one place of an item's row group, in these columns; `cold`: in memory, for all that is known.
 template <class S>
 Tokens<S> tokens_of(const Call& call, const Item& item, const Map& map, int64_t place, const int64_t* columns,
-                    int64_t count) {
+                    int64_t count, bool cold) {
   S* head = static_cast<S*>(map.data) + item.batch * map.batch + item.head * map.head;
   const auto row = [&](int64_t place) { return head + token_of(call.rows, item.group, place) * map.row; };
   S* next = place + 1 < real_members(call.rows, item.group) ? row(place + 1) : nullptr;
   const int64_t bytes = call.dim * static_cast<int64_t>(sizeof(S));
-  const int64_t ahead = call.fetch ? max_of(4096 / bytes, 1) : 0;  // 4 KiB
+  const int64_t ahead = cold && call.fetch ? max_of(4096 / bytes, 1) : 0;  // 4 KiB
   return {row(place), next, map.column, columns, count, call.dim, ahead};
 }
 
@@ -98,6 +100,72 @@ struct RowsOf {
   RowsOf(const RowBlock& block, const Ring<T>& ring) {
     for (int64_t place = block.low; place < block.high; ++place) row[place - block.low] = ring.at(place);
   }
+};
+
+// Rows of tokens that the next block of query rows needs, on their way to the caches while the products of this one are
+// computed: a row with each key row, and of it the columns of the tile that is worked on.
+template <class V, class S>
+class NextRows {
+ public:
+  // Of `of_keys` the rows that windows reach next, of `of_queries` those that queries do.
+  NextRows(const Call& call, const Item& item, Arena& arena, std::initializer_list<const Map*> of_keys,
+           std::initializer_list<const Map*> of_queries)
+      : call_(call), item_(item) {
+    for (const Map* map : of_keys) sources_[count_++] = {map, true, arena.take<int64_t>(call.dim)};
+    for (const Map* map : of_queries) sources_[count_++] = {map, false, arena.take<int64_t>(call.dim)};
+  }
+
+  // Fills the tables: when there is memory for them.
+  void start() {
+    constexpr int64_t kStored = sizeof(S);
+    const int64_t lines = V::kLanes * ceil_div(call_.dim * kStored, kLine);  // of a tile
+    for (int64_t d = 0; d < call_.dim; ++d) {
+      const int64_t line = lines < call_.dim ? d * lines / call_.dim : d;
+      for (int i = 0; i < count_; ++i) {
+        // Where a tile goes over the end of a dilation group, other tokens are asked for: no harm but to the time.
+        const int64_t token = line % V::kLanes * sources_[i].map->column * call_.columns.dilation;
+        sources_[i].offset[d] = token * kStored + line / V::kLanes * kLine;
+      }
+    }
+  }
+
+  // Of the query rows from `begin` to `end`, the next to come after `block` are looked for.
+  void look(const RowBlock& block, int64_t end) {
+    rows_ = 0;
+    for (int i = 0; call_.fetch && i < count_; ++i) {
+      const Source& source = sources_[i];
+      const int64_t first = source.of_keys ? block.high : block.begin + block.count;
+      const int64_t last = min_of(first + V::kRows, source.of_keys ? real_members(call_.rows, item_.group) : end);
+      for (int64_t place = first; place < last; ++place) {
+        row_[rows_++] = {&source, tokens_of<const S>(call_, item_, *source.map, place, nullptr, 0, false).row};
+      }
+    }
+  }
+  int64_t count() const { return rows_; }
+
+  // The part of the i-th row from this column on.
+  Lines at(int64_t i, int64_t column) const {
+    if (i >= rows_) return {nullptr, nullptr};
+    return {reinterpret_cast<const char*>(row_[i].data + column * row_[i].source->map->column), row_[i].source->offset};
+  }
+
+ private:
+  struct Source {
+    const Map* map;
+    bool of_keys;
+    int64_t* offset;  // [dim]
+  };
+  struct Row {
+    const Source* source;
+    const S* data;
+  };
+
+  const Call& call_;
+  const Item& item_;
+  Source sources_[4];
+  int count_ = 0;
+  Row row_[4 * V::kRows];
+  int64_t rows_ = 0;
 };
 
 // The values of one query row of a tile: [window row][window column][lanes], `step` apart. Real keys come first on
@@ -177,11 +245,12 @@ struct Bias {
   const typename V::scalar* row(int64_t place) const { return head + place * stride; }
 };
 
-// Scores of a block of query rows against the key rows that they see: out + r * out_row is [window][step].
-template <class V>
+// Scores of a block of query rows against the key rows that they see: out + r * out_row is [window][step]. `later(i)` are
+// the lines to ask for with the i-th key row.
+template <class V, class Later>
 void score(const RowBlock& block, const Tile& tile, const typename V::scalar* x, int64_t x_row, int64_t x_step,
            const RowsOf<typename V::scalar>& keys, int64_t key_step, int64_t dim, const Bias<V>* bias,
-           typename V::scalar* out, int64_t out_row, int64_t out_step, int64_t kernel_columns) {
+           typename V::scalar* out, int64_t out_row, int64_t out_step, int64_t kernel_columns, Later&& later) {
   static_assert(V::kRows <= RowBlock::kMostRows);
   Dot<V> a;
   a.x_step = x_step;
@@ -198,6 +267,7 @@ void score(const RowBlock& block, const Tile& tile, const typename V::scalar* x,
       a.out[r - first] = out + r * out_row + window_row * kernel_columns * out_step;
     }
     a.y = keys.row[place - block.low] + tile.key;
+    a.later = later(place - block.low);
     dot(a, last - first);
   }
 }
