@@ -209,6 +209,8 @@ class NeighborhoodBackbone(BaseModule):
         """The map [B, H, W, C] of each stage after its blocks, before any output norm."""
         if x.dim() != 4 or x.shape[1] != self.in_chans:
             raise ValueError(f"input of shape {tuple(x.shape)}: expected [batch, {self.in_chans}, height, width]")
+        if not x.is_floating_point():
+            raise ValueError(f"input of {x.dtype}: expected an image in floating point, normalized as in training")
         x = self.pos_drop(self.patch_embed(x))
         for stage in self.stages:
             tokens, x = stage(x)

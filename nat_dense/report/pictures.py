@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 
 SCORE_THRESHOLD = 0.5
 IGNORED_COLOUR = (1.0, 1.0, 1.0)
 OPACITY = 0.55
+TOP = 0.08
+"""Boxes that begin higher than this part of a picture have their names inside: above them there is no room."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ def predict_examples(model: Any, dataset: Any, indices: Iterable[int]) -> list[E
 def draw_examples(
     examples: Sequence[Example], classes: Sequence[str], palette: Sequence[Sequence[int]], path: Path
 ) -> None:
-    """Draws picture, ground truth and prediction side by side, two examples a row.
+    """Draws picture, ground truth and prediction side by side, two examples a row. Boxes bear the names of their
+    classes; those of segmentation maps stand below.
 
     Args:
         examples: What to show.
@@ -98,6 +101,12 @@ def draw_examples(
             _draw(axes, example.image, regions, classes, palette)
             if row == 0:
                 axes.set_title(titles[offset], fontsize=9)
+    regions = [region for example in examples for region in (*example.truth, *example.found)]
+    mapped = sorted({region.category for region in regions if region.box is None})
+    if mapped:
+        names = {category: classes[category] if category >= 0 else "ignored" for category in mapped}
+        patches = [Patch(facecolor=_colour(c, palette), edgecolor="grey", label=name) for c, name in names.items()]
+        figure.legend(handles=patches, loc="outside lower center", ncols=12, fontsize=7, frameon=False)
     figure.savefig(path, dpi=130)
 
 
@@ -114,11 +123,16 @@ def _draw(axes: Axes, image: np.ndarray, regions: list[Region], classes: Sequenc
             axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=edge, linewidth=1))
             text = classes[region.category] + ("" if region.score is None else f" {100 * region.score:.0f}")
             box = {"facecolor": edge, "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
-            axes.text(x0, max(0, y0 - 1), text, fontsize=5, color="white", va="bottom", bbox=box, clip_on=True)
+            inside = y0 < TOP * len(image)
+            y, side = (max(0, y0) + 1, "top") if inside else (y0 - 1, "bottom")
+            axes.text(x0, y, text, fontsize=5, color="white", va=side, bbox=box, clip_on=True)
 
 
-def _colour(category: int, palette: Sequence) -> tuple[float, ...]:
-    return IGNORED_COLOUR if category < 0 else tuple(value / 255 for value in palette[category])
+def _colour(category: int, palette: Sequence) -> tuple[float, float, float]:
+    if category < 0:
+        return IGNORED_COLOUR
+    red, green, blue = (value / 255 for value in palette[category])
+    return red, green, blue
 
 
 def _instances(instances: Any) -> list[Region]:

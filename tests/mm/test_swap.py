@@ -430,6 +430,14 @@ class TestTool:
         assert "swap_backbone.py: error: SSDVGG: SSD's extra layers" in capsys.readouterr().err
         assert not out.exists()
 
+    def test_values_that_a_config_cannot_hold_are_refused(self, tmp_path, capsys):
+        base, out = tmp_path / "base.py", tmp_path / "config.py"
+        base.write_text(load_config(MASK_RCNN).pretty_text + "\nthreshold = float('nan')\n")
+        with pytest.raises(SystemExit, match="2"):
+            load_tool("swap_backbone").main([str(base), "--backbone", "nat-mini", "-o", str(out)])
+        assert "a value can't be written down as text: name 'nan' is not defined" in capsys.readouterr().err
+        assert not out.exists()
+
     def test_options_are_merged_after_the_swap(self, tmp_path):
         out = tmp_path / "config.py"
         arguments = [

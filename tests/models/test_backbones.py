@@ -66,6 +66,11 @@ def test_input_with_four_channels_is_refused():
         NAT(arch="nano")(torch.randn(1, 4, 32, 32))
 
 
+def test_pictures_in_whole_numbers_are_refused():
+    with pytest.raises(ValueError, match=r"input of torch\.uint8: expected an image in floating point"):
+        NAT(arch="nano")(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
 @pytest.mark.parametrize("scope", ["mmengine", "mmdet", "mmseg"])
 def test_registered_once_in_the_root(scope):
     """mmdet and mmseg find the type through their registries' parent."""

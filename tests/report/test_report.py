@@ -2,6 +2,7 @@
 
 import json
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -65,6 +66,27 @@ def test_examples_are_drawn_in_their_colours(tmp_path):
     }
     left_to_right = {name: np.nonzero(half)[1].mean() for name, half in halves.items()}
     assert left_to_right["a"] < left_to_right["b"], "ground truth stands left of the prediction"
+
+
+def test_a_box_at_the_top_edge_keeps_its_name(tmp_path):
+    def red_pixels(top: int) -> int:
+        nothing = np.zeros((64, 64), bool)
+        example = Example(np.zeros((64, 64, 3), np.uint8), [], [Region(nothing, 0, (8, top, 56, top + 24))])
+        draw_examples([example], ["a long name"], [(255, 0, 0)], tmp_path / "examples.png")
+        pixels = np.asarray(Image.open(tmp_path / "examples.png").convert("RGB")).astype(int)
+        return int(((pixels[..., 0] > 150) & (pixels[..., 1:].max(axis=2) < 100)).sum())
+
+    assert red_pixels(top=0) > 0.8 * red_pixels(top=24)
+
+
+def test_the_classes_of_segmentation_maps_are_named(tmp_path):
+    maps = [Region(np.ones((8, 8), bool), category) for category in (1, -1)]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        draw_examples(
+            [Example(np.zeros((8, 8, 3), np.uint8), maps, [])], ["sky", "sea"], [(9, 9, 9)] * 2, tmp_path / "a.svg"
+        )
+    text = (tmp_path / "a.svg").read_text()
+    assert [name in text for name in (">sea<", ">ignored<", ">sky<")] == [True, True, False]
 
 
 def test_the_page_escapes_text(tmp_path):

@@ -104,7 +104,10 @@ def _write(text: str, out: Path, cfg: Config) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic(out, out.suffix) as draft:  # beside it: its base is found by a relative path
         draft.write_text(text)
-        written = _without_scopes(Config.fromfile(str(draft), import_custom_modules=False)._cfg_dict)
+        try:
+            written = _without_scopes(Config.fromfile(str(draft), import_custom_modules=False)._cfg_dict)
+        except NameError as error:  # as of `nan` and `inf`
+            raise ValueError(f"a value can't be written down as text: {error}.") from None
         unequal = [change.path for change in changes_between(_without_scopes(cfg._cfg_dict), written)]
         if unequal:
             raise ValueError(f"these fields can't be written down as text: {', '.join(unequal)}.")
