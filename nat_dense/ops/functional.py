@@ -233,7 +233,7 @@ def _check_extras(
 
     def check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         if tensor.shape != shape:
-            wanted = f"{tuple(shape)} for {heads} heads of {dim}, kernel_size {kernel_size}"
+            wanted = f"{shape} for {heads} heads of {dim}, kernel_size {kernel_size}"
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {wanted}")
         if tensor.dtype not in (query.dtype, torch.float32):
             raise ValueError(f"{name} is {tensor.dtype}; expected {query.dtype} (the query's) or torch.float32")

@@ -106,7 +106,10 @@ def draw_examples(
     if mapped:
         names = {category: classes[category] if category >= 0 else "ignored" for category in mapped}
         patches = [Patch(facecolor=_colour(c, palette), edgecolor="grey", label=name) for c, name in names.items()]
-        figure.legend(handles=patches, loc="outside lower center", ncols=12, fontsize=7, frameon=False)
+        entry = 0.55 + 0.065 * max(map(len, names.values()))  # inches that the longest takes
+        columns = max(1, min(len(names), int(figure.get_figwidth() / entry)))
+        figure.set_figheight(figure.get_figheight() + 0.15 * -(-len(names) // columns))
+        figure.legend(handles=patches, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
     figure.savefig(path, dpi=130)
 
 

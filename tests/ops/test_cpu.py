@@ -326,6 +326,18 @@ def test_missing_kernels_are_explained(monkeypatch, tmp_path):
 
 
 @needs_kernels
+def test_small_tensors_of_another_size_are_not_read_past_their_end():
+    """By the operator itself: exported programs call it without the checks of `na2d`."""
+    tokens = torch.randn(1, 5, 5, 2, 8)
+    attend = functools.partial(torch.ops.nat_dense.na2d, tokens, tokens, tokens)
+    settings = ([7, 7], [1, 1], 1.0, "cpu")
+    with pytest.raises(RuntimeError, match="expected 338 biases, found 25"):
+        attend(torch.zeros(1, 5, 5), torch.zeros(2, 8), torch.zeros(2, 8), *settings)
+    with pytest.raises(RuntimeError, match=r"expected pad_key and pad_value of shape \[heads, head_dim\]"):
+        attend(torch.zeros(2, 13, 13), torch.zeros(8), torch.zeros(2, 8), *settings)
+
+
+@needs_kernels
 def test_an_instruction_set_that_is_missing_is_named():
     """ATEN_CPU_CAPABILITY makes an older processor of this one."""
     program = (

@@ -89,6 +89,16 @@ def test_the_classes_of_segmentation_maps_are_named(tmp_path):
     assert [name in text for name in (">sea<", ">ignored<", ">sky<")] == [True, True, False]
 
 
+@pytest.mark.parametrize("name", ["sea", "swimming pool", "a name of as many letters as fit into two lines"])
+def test_all_names_fit_into_the_picture(tmp_path, name):
+    classes = [f"{name} {i}" for i in range(40)]
+    maps = [Region(np.ones((8, 8), bool), category) for category in range(40)]
+    draw_examples([Example(np.zeros((8, 8, 3), np.uint8), maps, [])], classes, [(9, 9, 9)] * 40, tmp_path / "a.png")
+    pixels = np.asarray(Image.open(tmp_path / "a.png").convert("L"))
+    assert (pixels[:, [0, 1, -2, -1]] == 255).all()
+    assert (pixels[[0, 1, -2, -1]] == 255).all()
+
+
 def test_the_page_escapes_text(tmp_path):
     sections = [Section("<b>bold</b>", table=[("a", "b"), ("1 < 2", "3")], commands="run --this && that")]
     write_page(tmp_path / "page.html", "A & B", "intro", [("metric", "0.5")], sections, "footer")

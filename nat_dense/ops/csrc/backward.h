@@ -97,7 +97,7 @@ class Backward {
       next_.look(block, end);
       const Rows rows{{block, keys_}, {block, values_}, {block, key_tokens_}};
       for (int64_t t = 0; t < segment.tile_count; ++t) differentiate(block, rows, segment, t);
-      cold = next_.count() > 2 * (block.high - block.low);  // not all were asked for
+      cold = next_.too_many(2 * (block.high - block.low));
       for (int64_t key = 0; key < segment.key_count; key += kKeysAtOnce) {
         for (int r = 0; r < block.count; ++r) scatter_row(block, segment, r, key);
       }
@@ -143,7 +143,8 @@ class Backward {
     score<V>(block, tile, query_, dim * V::kLanes, V::kLanes, rows.keys, key_step_, dim, &bias_, weight, weight_.row,
              query_step_, kernel_columns, [&](int64_t i) { return next_.at(i, column); });
     score<V>(block, tile, grad_out_, dim * V::kLanes, V::kLanes, rows.values, key_step_, dim, nullptr, grad,
-             grad_logit_.row, query_step_, kernel_columns, [&](int64_t i) { return next_.at(block.high - block.low + i, column); });
+             grad_logit_.row, query_step_, kernel_columns,
+             [&](int64_t i) { return next_.at(block.high - block.low + i, column); });
     for (int r = 0; r < block.count; ++r) softmax_gradient(block, segment, t, r);
     const bool stream = streams<V, S>(call_);
     S* out[V::kRows][V::kLanes] = {};

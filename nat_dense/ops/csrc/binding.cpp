@@ -85,6 +85,8 @@ class Problem {
     const bool padded = is_padded(call.rows) || is_padded(call.columns);
     TORCH_CHECK(!padded || (pad_key && pad_value), "a map smaller than its window needs pad_key and pad_value");
     if (padded) {
+      TORCH_CHECK(pad_key->numel() == call.heads * call.dim && pad_value->numel() == call.heads * call.dim,
+                  "expected pad_key and pad_value of shape [heads, head_dim]");
       call.pad_key = small(pad_key->to(accumulation).contiguous());
       call.pad_value = small(pad_value->to(accumulation).contiguous());
     }
@@ -110,6 +112,7 @@ class Problem {
     const int64_t rows = call.heads * (2 * call.rows.kernel - 1), columns = 2 * call.columns.kernel - 1;
     Tensor bias = at::zeros({rows + 1, kBiasStride}, accumulation);
     if (!rpb) return bias;
+    TORCH_CHECK(rpb->numel() == rows * columns, "expected ", rows * columns, " biases, found ", rpb->numel());
     const Tensor table = rpb->to(accumulation).contiguous();
     const T* in = table.const_data_ptr<T>();
     T* out = bias.mutable_data_ptr<T>();
@@ -165,8 +168,9 @@ std::vector<Item> items_of(const Call& call, int64_t segments, int64_t first, in
 
 template <class F>
 void each_item(const std::vector<Item>& items, int64_t scratch, F&& f) {
-  // Here, not by each thread: what others than the main thread free, malloc gives back to the system.
-  const Tensor memory = at::empty({at::get_num_threads(), scratch}, at::kByte);
+  // By the calling thread: what the others free, malloc gives back to the system, and the next call clears new pages.
+  const int64_t threads = min_of(at::get_num_threads(), static_cast<int64_t>(items.size()));
+  const Tensor memory = at::empty({threads, scratch}, at::kByte);
   char* const first = static_cast<char*>(memory.mutable_data_ptr());
   at::parallel_for(0, static_cast<int64_t>(items.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(items[i], first + at::get_thread_num() * scratch);

@@ -53,7 +53,7 @@ class Forward {
       const Rows rows(*this, block, cold);
       next_.look(block, item_.end);
       for (int64_t t = 0; t < segment_.tile_count; ++t) attend(block, rows, segment_.tiles[t]);
-      cold = next_.count() > block.high - block.low;  // not all were asked for
+      cold = next_.too_many(block.high - block.low);
     }
     if (stream_) V::fence();
   }
@@ -66,8 +66,8 @@ class Forward {
 
     Rows(const Forward& pass, const RowBlock& block, bool cold) : keys(block, pass.keys_), values(block, pass.values_) {
       for (int r = 0; r < block.count; ++r) {
-        query[r] = pass.queries<const S>(pass.call_.query, block.begin + r, cold);
-        out[r] = pass.queries<S>(pass.call_.out, block.begin + r, cold).row;
+        query[r] = pass.queries(pass.call_.query, block.begin + r, cold);
+        out[r] = row_of<S>(pass.call_, pass.item_, pass.call_.out, block.begin + r);
       }
     }
   };
@@ -75,9 +75,8 @@ class Forward {
   Tokens<const S> keys(const Map& map, int64_t place, bool cold) const {
     return tokens_of<const S>(call_, item_, map, place, segment_.key_column, segment_.key_count, cold);
   }
-  template <class Stored>
-  Tokens<Stored> queries(const Map& map, int64_t place, bool cold) const {
-    return tokens_of<Stored>(call_, item_, map, place, segment_.query_column, segment_.query_count, cold);
+  Tokens<const S> queries(const Map& map, int64_t place, bool cold) const {
+    return tokens_of<const S>(call_, item_, map, place, segment_.query_column, segment_.query_count, cold);
   }
 
   void attend(const RowBlock& block, const Rows& rows, const Tile& tile) {
@@ -88,8 +87,9 @@ class Forward {
       pack<V>(rows.query[r], tile.first, T(call_.scale * kLog2E), query_ + r * dim * lanes, lanes);
       for (int i = 0; i < tile.lanes && call_.fetch && !stream_; ++i) Tokens<S>::fetch(rows.out[r] + column[i], dim);
     }
-    score<V>(block, tile, query_, dim * lanes, lanes, rows.keys, key_step_, dim, &bias_, weight_,
-             window_ * lanes, lanes, kernel_columns, [&](int64_t i) { return next_.at(i, segment_.query_column[tile.first]); });
+    const int64_t first_column = segment_.query_column[tile.first];
+    score<V>(block, tile, query_, dim * lanes, lanes, rows.keys, key_step_, dim, &bias_, weight_, window_ * lanes,
+             lanes, kernel_columns, [&](int64_t i) { return next_.at(i, first_column); });
     for (int r = 0; r < block.count; ++r) {
       store_lse(block.begin + r, tile, softmax(block, tile, r));
     }
@@ -114,31 +114,33 @@ class Forward {
       const V logit = dot_with_one<V>(query_ + r * dim * lanes, lanes, key, dim);
       pads.fill(weight, lanes, logit, bias_.row(block.bias(r)), bias_.stride);
     }
-    const V most = reduce(V::load(weight), [&](V most, int64_t i) NAT_DENSE_INLINE_LAMBDA {
-      return max(most, V::load(weight + i * lanes));
-    }, [](V a, V b) NAT_DENSE_INLINE_LAMBDA { return max(a, b); });
-    const V total = reduce(V::zero(), [&](V total, int64_t i) NAT_DENSE_INLINE_LAMBDA {
-      const V p = exp2(V::load(weight + i * lanes) - most);
+    const auto larger = [](V a, V b) NAT_DENSE_INLINE_LAMBDA { return max(a, b); };
+    const auto both = [](V a, V b) NAT_DENSE_INLINE_LAMBDA { return a + b; };
+    const auto stored = [&](int64_t i) NAT_DENSE_INLINE_LAMBDA { return V::load(weight + i * lanes); };
+    const V most = reduce(V::load(weight), stored, larger);
+    const auto take = [&](int64_t i) NAT_DENSE_INLINE_LAMBDA {
+      const V p = exp2(stored(i) - most);
       p.store(weight + i * lanes);
-      return total + p;
-    }, [](V a, V b) NAT_DENSE_INLINE_LAMBDA { return a + b; });
+      return p;
+    };
+    const V total = reduce(V::zero(), take, both);
     if (call_.pad_key) pads.take(weight, lanes).store(padded_ + r * lanes);
     (V::broadcast(T(1)) / total).store(factor_ + r * lanes);
     return (most + log2(total)) * V::broadcast(T(kLn2));
   }
 
-  // Takes every value of the window into one of four results, and those together: short chains wait less and round less.
-  template <class Take, class Both>
-  NAT_DENSE_INLINE V reduce(V start, Take&& take, Both&& both) const {
+  // All values of the window together, in four chains: they wait less and round less than one.
+  template <class Value, class Both>
+  NAT_DENSE_INLINE V reduce(V start, Value&& value, Both&& both) const {
     V a = start, b = start, c = start, d = start;
     int64_t i = 0;
     for (; i + 4 <= window_; i += 4) {
-      a = take(a, i);
-      b = take(b, i + 1);
-      c = take(c, i + 2);
-      d = take(d, i + 3);
+      a = both(a, value(i));
+      b = both(b, value(i + 1));
+      c = both(c, value(i + 2));
+      d = both(d, value(i + 3));
     }
-    for (; i < window_; ++i) a = take(a, i);
+    for (; i < window_; ++i) a = both(a, value(i));
     return both(both(a, b), both(c, d));
   }
 

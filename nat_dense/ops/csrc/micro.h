@@ -18,10 +18,10 @@ NAT_DENSE_INLINE void prefetch(const void* p) {
 #endif
 }
 
-// Lines of memory that will be needed later, to be asked for at `first` plus each of [dim] offsets in bytes. One with each
-// channel of a product: a processor has a few dozen requests under way at most, and drops what comes on top.
+// Lines of memory that will be needed later: at `first` plus each of [dim] offsets in bytes. They are asked for one with
+// each channel of a product: a processor has a few dozen requests under way at most, and drops what comes on top.
 struct Lines {
-  const char* first;  // null: there are none
+  uintptr_t first;  // 0: there are none. A number: the last ones may lie past the end of the memory
   const int64_t* offset;
 };
 
@@ -63,7 +63,7 @@ NAT_DENSE_NOINLINE void dot_block(const Dot<V>& a, int column) {
   const T* x[R];
   for (int r = 0; r < R; ++r) x[r] = a.x[r];
   for (int64_t d = 0; d < a.dim; ++d) {
-    if constexpr (Later) prefetch(a.later.first + a.later.offset[d]);
+    if constexpr (Later) prefetch(reinterpret_cast<const void*>(a.later.first + a.later.offset[d]));
     const typename V::template Window<Straight> keys(y);
     V query[R];
 #pragma GCC unroll 8

@@ -50,6 +50,7 @@ void Plan::sort_columns(const Axis& columns) {
 }
 
 int64_t Plan::bias(const Query& query, int64_t window_column) const {
+  // A padded key is none of `keys_`.
   const int64_t shift = window_column < query.limit ? keys_[query.first + window_column].shift : 0;
   return query.bias + window_column + shift;
 }

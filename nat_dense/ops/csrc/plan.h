@@ -23,7 +23,7 @@ class Plan {
     int64_t column;
     int64_t first;  // position of the first key of its window
     int64_t limit;  // real keys of its window
-    int64_t bias;   // bias column of its first key, or of the key that its first one stands in for
+    int64_t bias;   // bias column of its first key, but for the shift of a copy: see `bias()`
   };
   // The same as a key. At the ends of an axis without dilation stand copies of the columns one window further in: where
   // a window has shifted, it is still the keys around its query, in another order.

@@ -54,7 +54,7 @@ struct Tile {
   int32_t lanes;     // lanes in use
   int32_t columns;   // window columns with a real key in some lane
   int32_t key;       // key position, in its segment, that `index` counts from
-  int32_t bias;      // bias column of lane 0's first key
+  int32_t bias;      // where uniform, bias column of the first key of each lane
   bool straight;     // lane l's window starts at key + l, and all lanes have one limit
   bool uniform;      // straight, and window column b has bias column bias + b in all lanes
   bool ragged;       // some lanes have a real key in the last column, some a padded one

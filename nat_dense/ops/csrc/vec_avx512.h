@@ -62,26 +62,24 @@ struct Avx512Vec {
 
   template <bool Straight>
   struct Window {
-    const float* row;
     __m512 low, high;
-    explicit NAT_DENSE_INLINE Window(const float* row) : row(row) {
-      low = _mm512_loadu_ps(row);
-      high = _mm512_loadu_ps(row + 16);
-    }
+    explicit NAT_DENSE_INLINE Window(const float* row) : low(_mm512_loadu_ps(row)), high(_mm512_loadu_ps(row + 16)) {}
     NAT_DENSE_INLINE Avx512Vec at(int column, const int32_t* index) const {
-      if constexpr (Straight) {
-        const __m512i a = _mm512_castps_si512(low), b = _mm512_castps_si512(high);
-        switch (column) {
-          case 0: return {low};
-          case 1: return held({_mm512_castsi512_ps(_mm512_alignr_epi32(b, a, 1))});
-          case 2: return held({_mm512_castsi512_ps(_mm512_alignr_epi32(b, a, 2))});
-          case 3: return held({_mm512_castsi512_ps(_mm512_alignr_epi32(b, a, 3))});
-          case 4: return held({_mm512_castsi512_ps(_mm512_alignr_epi32(b, a, 4))});
-          case 5: return held({_mm512_castsi512_ps(_mm512_alignr_epi32(b, a, 5))});
-          default: return held({_mm512_castsi512_ps(_mm512_alignr_epi32(b, a, 6))});
-        }
-      }
+      if constexpr (Straight) return held({_mm512_castsi512_ps(shifted(column))});
       return {_mm512_permutex2var_ps(low, _mm512_loadu_si512(index + column * 16), high)};
+    }
+    // The shift is part of the instruction; loops over columns are unrolled.
+    NAT_DENSE_INLINE __m512i shifted(int column) const {
+      const __m512i a = _mm512_castps_si512(low), b = _mm512_castps_si512(high);
+      switch (column) {
+        case 0: return a;
+        case 1: return _mm512_alignr_epi32(b, a, 1);
+        case 2: return _mm512_alignr_epi32(b, a, 2);
+        case 3: return _mm512_alignr_epi32(b, a, 3);
+        case 4: return _mm512_alignr_epi32(b, a, 4);
+        case 5: return _mm512_alignr_epi32(b, a, 5);
+        default: static_assert(kColumns == 7); return _mm512_alignr_epi32(b, a, 6);
+      }
     }
   };
 

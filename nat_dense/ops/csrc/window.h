@@ -40,16 +40,21 @@ struct Ring {
   T* at(int64_t place) const { return data + place % slots * row; }
 };
 
+// The first token of one place of an item's row group.
+template <class S>
+S* row_of(const Call& call, const Item& item, const Map& map, int64_t place) {
+  S* head = static_cast<S*>(map.data) + item.batch * map.batch + item.head * map.head;
+  return head + token_of(call.rows, item.group, place) * map.row;
+}
+
 // The tokens of one place of an item's row group, in these columns; `cold`: in memory, for all that is known.
 template <class S>
 Tokens<S> tokens_of(const Call& call, const Item& item, const Map& map, int64_t place, const int64_t* columns,
                     int64_t count, bool cold) {
-  S* head = static_cast<S*>(map.data) + item.batch * map.batch + item.head * map.head;
-  const auto row = [&](int64_t place) { return head + token_of(call.rows, item.group, place) * map.row; };
-  S* next = place + 1 < real_members(call.rows, item.group) ? row(place + 1) : nullptr;
+  S* next = place + 1 < real_members(call.rows, item.group) ? row_of<S>(call, item, map, place + 1) : nullptr;
   const int64_t bytes = call.dim * static_cast<int64_t>(sizeof(S));
   const int64_t ahead = cold && call.fetch ? max_of(4096 / bytes, 1) : 0;  // 4 KiB
-  return {row(place), next, map.column, columns, count, call.dim, ahead};
+  return {row_of<S>(call, item, map, place), next, map.column, columns, count, call.dim, ahead};
 }
 
 // Consecutive query rows of one row group, and the key rows that their windows cover.
@@ -117,12 +122,14 @@ class NextRows {
 
   // Fills the tables: when there is memory for them.
   void start() {
+    if (!call_.fetch) return;
     constexpr int64_t kStored = sizeof(S);
-    const int64_t lines = V::kLanes * ceil_div(call_.dim * kStored, kLine);  // of a tile
+    const int64_t lines = tile_lines();
     for (int64_t d = 0; d < call_.dim; ++d) {
       const int64_t line = lines < call_.dim ? d * lines / call_.dim : d;
       for (int i = 0; i < count_; ++i) {
-        // Where a tile goes over the end of a dilation group, other tokens are asked for: no harm but to the time.
+        // Where a tile goes over the end of a dilation group or of the map, others are asked for, or none: no harm but
+        // to the time.
         const int64_t token = line % V::kLanes * sources_[i].map->column * call_.columns.dilation;
         sources_[i].offset[d] = token * kStored + line / V::kLanes * kLine;
       }
@@ -137,16 +144,18 @@ class NextRows {
       const int64_t first = source.of_keys ? block.high : block.begin + block.count;
       const int64_t last = min_of(first + V::kRows, source.of_keys ? real_members(call_.rows, item_.group) : end);
       for (int64_t place = first; place < last; ++place) {
-        row_[rows_++] = {&source, tokens_of<const S>(call_, item_, *source.map, place, nullptr, 0, false).row};
+        const auto row = reinterpret_cast<uintptr_t>(row_of<const S>(call_, item_, *source.map, place));
+        row_[rows_++] = {row, source.map->column * static_cast<int64_t>(sizeof(S)), source.offset};
       }
     }
   }
-  int64_t count() const { return rows_; }
+  // Whether products with this many key rows leave something out: rows, or lines of narrow tokens.
+  bool too_many(int64_t key_rows) const { return rows_ > key_rows || tile_lines() > call_.dim; }
 
   // The part of the i-th row from this column on.
   Lines at(int64_t i, int64_t column) const {
-    if (i >= rows_) return {nullptr, nullptr};
-    return {reinterpret_cast<const char*>(row_[i].data + column * row_[i].source->map->column), row_[i].source->offset};
+    if (i >= rows_) return {0, nullptr};
+    return {row_[i].first + column * row_[i].column, row_[i].offset};
   }
 
  private:
@@ -156,9 +165,12 @@ class NextRows {
     int64_t* offset;  // [dim]
   };
   struct Row {
-    const Source* source;
-    const S* data;
+    uintptr_t first;
+    int64_t column;  // bytes
+    const int64_t* offset;
   };
+
+  int64_t tile_lines() const { return V::kLanes * ceil_div(call_.dim * static_cast<int64_t>(sizeof(S)), kLine); }
 
   const Call& call_;
   const Item& item_;
