@@ -24,7 +24,7 @@ class Backward {
         query_step_(call.query_stride),
         channels_(round_up(call.dim, V::kLanes)),
         bias_(call, item.head),
-        next_(call, item, arena, {&call.key, &call.value}, {&call.query, &call.grad_out}),
+        next_{{call, item, arena, {&call.key, &call.value}}, {call, item, arena, {&call.query, &call.grad_out}}},
         keys_(arena, slots_, call.dim * key_step_),
         values_(arena, slots_, call.dim * key_step_),
         key_tokens_(arena, slots_, channels_ * key_step_),
@@ -84,20 +84,22 @@ class Backward {
       for (; finished < block.low; ++finished) flush(segment, finished, begun);
       for (; packed < block.high; ++packed) {
         const auto key = keys<const S>(call_.key, packed, segment, cold);
-        pack<V>(key, keys_.at(packed), key_step_);
-        copy<V>(key, key_tokens_.at(packed), channels_);
-        pack<V>(keys<const S>(call_.value, packed, segment, cold), values_.at(packed), key_step_);
+        pack<V>(key, 0, key.count, keys_.at(packed), key_step_);
+        copy<V>(key, 0, key.count, key_tokens_.at(packed), channels_);
+        pack<V>(keys<const S>(call_.value, packed, segment, cold), 0, key.count, values_.at(packed), key_step_);
         clear(grad_keys_.at(packed), segment.key_count * channels_);
         clear(grad_values_.at(packed), segment.key_count * channels_);
       }
       for (int r = 0; r < block.count; ++r) {
-        copy<V>(queries<const S>(call_.query, i + r, segment, cold), query_tokens_.at(r), channels_);
-        copy<V>(queries<const S>(call_.grad_out, i + r, segment, cold), grad_out_tokens_.at(r), channels_);
+        const int64_t count = segment.query_count;
+        copy<V>(queries<const S>(call_.query, i + r, segment, cold), 0, count, query_tokens_.at(r), channels_);
+        copy<V>(queries<const S>(call_.grad_out, i + r, segment, cold), 0, count, grad_out_tokens_.at(r), channels_);
       }
-      next_.look(block, end);
+      next_.keys.look(block.high, block.high + V::kRows);
+      next_.queries.look(i + block.count, end);
       const Rows rows{{block, keys_}, {block, values_}, {block, key_tokens_}};
       for (int64_t t = 0; t < segment.tile_count; ++t) differentiate(block, rows, segment, t);
-      cold = next_.too_many(2 * (block.high - block.low));
+      cold = next_.too_many(2 * (block.high - block.low), call_.dim);
       for (int64_t key = 0; key < segment.key_count; key += kKeysAtOnce) {
         for (int r = 0; r < block.count; ++r) scatter_row(block, segment, r, key);
       }
@@ -130,21 +132,16 @@ class Backward {
     T* weight = weight_.data + tile.first;
     T* grad = grad_logit_.data + tile.first;
     for (int r = 0; r < block.count; ++r) {
-      const T *query[V::kLanes], *grad_out[V::kLanes];
-      for (int i = 0; i < V::kLanes; ++i) {
-        const int64_t offset = (tile.first + min_of(i, tile.lanes - 1)) * channels_;
-        query[i] = query_tokens_.at(r) + offset;
-        grad_out[i] = grad_out_tokens_.at(r) + offset;
-      }
-      pack<V>(query, dim, T(call_.scale * kLog2E), query_ + r * dim * V::kLanes, V::kLanes);
-      pack<V>(grad_out, dim, T(1), grad_out_ + r * dim * V::kLanes, V::kLanes);
+      const int64_t first = tile.first * channels_;
+      pack_tile(query_tokens_.at(r) + first, tile, T(call_.scale * kLog2E), query_ + r * dim * V::kLanes);
+      pack_tile(grad_out_tokens_.at(r) + first, tile, T(1), grad_out_ + r * dim * V::kLanes);
     }
     const int64_t column = segment.query_column[tile.first];
     score<V>(block, tile, query_, dim * V::kLanes, V::kLanes, rows.keys, key_step_, dim, &bias_, weight, weight_.row,
-             query_step_, kernel_columns, [&](int64_t i) { return next_.at(i, column); });
+             query_step_, kernel_columns, [&](int64_t i) { return next_.at(i, column, column); });
     score<V>(block, tile, grad_out_, dim * V::kLanes, V::kLanes, rows.values, key_step_, dim, nullptr, grad,
              grad_logit_.row, query_step_, kernel_columns,
-             [&](int64_t i) { return next_.at(block.high - block.low + i, column); });
+             [&](int64_t i) { return next_.at(block.high - block.low + i, column, column); });
     for (int r = 0; r < block.count; ++r) softmax_gradient(block, segment, t, r);
     const bool stream = streams<V, S>(call_);
     S* out[V::kRows][V::kLanes] = {};
@@ -165,6 +162,12 @@ class Backward {
         [&](int r, int lane, int64_t d, V sum) NAT_DENSE_INLINE_LAMBDA {
           if (out[r][lane]) write(sum * scale, out[r][lane] + d, dim - d, stream);
         });
+  }
+
+  void pack_tile(const T* first, const Tile& tile, T factor, T* out) const {
+    if (tile.lanes == V::kLanes) return pack_even<V>(first, channels_, call_.dim, factor, out, V::kLanes);
+    const auto token = [&](int i) { return first + min_of(i, tile.lanes - 1) * channels_; };
+    pack_any<V>(token, call_.dim, factor, out, V::kLanes);
   }
 
   void softmax_gradient(const RowBlock& block, const Segment& segment, int64_t t, int r) {
@@ -310,7 +313,7 @@ class Backward {
   const Partial& partial_;
   const int64_t window_, slots_, key_step_, query_step_, channels_;
   const Bias<V> bias_;
-  NextRows<V, S> next_;
+  NextTokens<V, S> next_;
   const Ring<T> keys_, values_;                            // by place, [dim][key positions]
   const Ring<T> key_tokens_, grad_keys_, grad_values_;     // by place, [key positions][channels]
   const Ring<T> query_tokens_, grad_out_tokens_;           // by query row of the block, [query positions][channels]

@@ -20,9 +20,9 @@ class Forward {
         key_step_(call.key_stride),
         channels_(round_up(call.dim, V::kLanes)),
         bias_(call, item.head),
-        next_(call, item, arena, {&call.key, &call.value}, {&call.query}),
-        keys_(arena, call.rows.kernel + V::kRows - 1, call.dim * key_step_),
-        values_(arena, call.rows.kernel + V::kRows - 1, channels_ * key_step_),
+        next_{{call, item, arena, {&call.key, &call.value}}, {call, item, arena, {&call.query}}},
+        keys_(arena, slots(call), call.dim * key_step_),
+        values_(arena, slots(call), channels_ * key_step_),
         query_(arena.take<T>(V::kRows * call.dim * V::kLanes)),
         weight_(arena.take<T>(V::kRows * window_ * V::kLanes)),
         factor_(arena.take<T>(V::kRows * V::kLanes)),
@@ -41,22 +41,65 @@ class Forward {
 
  private:
   void run() {
+    const Axis& axis = call_.rows;
     next_.start();
-    int64_t packed = 0;
+    int64_t packed = window_start(axis, item_.group, item_.begin);
     bool cold = true;
     for (int64_t i = item_.begin; i < item_.end; i += V::kRows) {
-      const RowBlock block(call_.rows, item_.group, i, item_.end, V::kRows);
-      for (packed = max_of(packed, block.low); packed < block.high; ++packed) {
-        pack<V>(keys(call_.key, packed, cold), keys_.at(packed), key_step_);
-        copy<V>(keys(call_.value, packed, cold), values_.at(packed), channels_);
-      }
+      const RowBlock block(axis, item_.group, i, item_.end, V::kRows);
+      for (; packed < block.high; ++packed) KeyRow(*this, packed, cold).pack_keys(0, segment_.key_count);  // at first
       const Rows rows(*this, block, cold);
-      next_.look(block, item_.end);
-      for (int64_t t = 0; t < segment_.tile_count; ++t) attend(block, rows, segment_.tiles[t]);
-      cold = next_.too_many(block.high - block.low);
+      // The rows that the next block sees besides are packed little by little, while the caches have what was asked for.
+      const int64_t last = min_of(i + (call_.fetch ? 2 : 1) * V::kRows, item_.end) - 1;
+      const int64_t end = window_start(axis, item_.group, last) + window_limit(axis, item_.group, last);
+      next_.keys.look(packed, end);
+      next_.queries.look(i, item_.end);
+      cold = next_.too_many(block.high - block.low, call_.dim);
+      KeyRow coming[V::kRows];
+      const int count = static_cast<int>(end - packed);
+      for (int k = 0; k < count; ++k) coming[k] = KeyRow(*this, packed + k, cold);
+      packed = end;
+      int64_t key = 0;
+      for (int64_t t = 0; t < segment_.tile_count; ++t) {
+        attend(block, rows, t);
+        if (count == 0) continue;
+        const int64_t key_end = key_part(t + 1);
+        for (int k = 0; k < count; ++k) coming[k].pack_keys(key, key_end);
+        key = key_end;
+      }
     }
     if (stream_) V::fence();
   }
+
+  // Rows of keys that a block sees, and those that are packed for the next one.
+  static int64_t slots(const Call& call) { return call.rows.kernel + (call.fetch ? 2 : 1) * V::kRows - 1; }
+
+  // Keys that are packed before tile t: whole vectors, a share for every tile.
+  int64_t key_part(int64_t t) const {
+    const int64_t vectors = ceil_div(segment_.key_count, V::kLanes);
+    return min_of(vectors * t / segment_.tile_count * V::kLanes, segment_.key_count);
+  }
+
+  // A row of keys and values on its way to the rings.
+  struct KeyRow {
+    Tokens<const S> keys, values;
+    T *packed_keys, *packed_values;
+    int64_t key_step, value_step;
+
+    KeyRow() = default;
+    KeyRow(const Forward& pass, int64_t place, bool cold)
+        : keys(pass.keys(pass.call_.key, place, cold)),
+          values(pass.keys(pass.call_.value, place, cold)),
+          packed_keys(pass.keys_.at(place)),
+          packed_values(pass.values_.at(place)),
+          key_step(pass.key_step_),
+          value_step(pass.channels_) {}
+
+    void pack_keys(int64_t begin, int64_t end) const {
+      pack<V>(keys, begin, end, packed_keys, key_step);
+      copy<V>(values, begin, end, packed_values, value_step);
+    }
+  };
 
   // What the tiles of a block share.
   struct Rows {
@@ -79,7 +122,8 @@ class Forward {
     return tokens_of<const S>(call_, item_, map, place, segment_.query_column, segment_.query_count, cold);
   }
 
-  void attend(const RowBlock& block, const Rows& rows, const Tile& tile) {
+  void attend(const RowBlock& block, const Rows& rows, int64_t t) {
+    const Tile& tile = segment_.tiles[t];
     const int64_t dim = call_.dim, lanes = V::kLanes, kernel_columns = call_.columns.kernel;
     int64_t column[V::kLanes];
     for (int i = 0; i < tile.lanes; ++i) column[i] = segment_.query_column[tile.first + i] * call_.out.column;
@@ -87,9 +131,12 @@ class Forward {
       pack<V>(rows.query[r], tile.first, T(call_.scale * kLog2E), query_ + r * dim * lanes, lanes);
       for (int i = 0; i < tile.lanes && call_.fetch && !stream_; ++i) Tokens<S>::fetch(rows.out[r] + column[i], dim);
     }
-    const int64_t first_column = segment_.query_column[tile.first];
+    const bool last = t + 1 == segment_.tile_count;
+    if (last) next_.queries.look(block.begin + block.count, item_.end);
+    const int64_t key_column = segment_.query_column[tile.first];
+    const int64_t query_column = segment_.query_column[last ? 0 : tile.first + tile.lanes];
     score<V>(block, tile, query_, dim * lanes, lanes, rows.keys, key_step_, dim, &bias_, weight_, window_ * lanes,
-             lanes, kernel_columns, [&](int64_t i) { return next_.at(i, first_column); });
+             lanes, kernel_columns, [&](int64_t i) { return next_.at(i, key_column, query_column); });
     for (int r = 0; r < block.count; ++r) {
       store_lse(block.begin + r, tile, softmax(block, tile, r));
     }
@@ -158,7 +205,7 @@ class Forward {
   const bool stream_;
   const int64_t window_, key_step_, channels_;
   const Bias<V> bias_;
-  NextRows<V, S> next_;
+  NextTokens<V, S> next_;
   const Ring<T> keys_;    // by place, [dim][key positions]
   const Ring<T> values_;  // by place, [key positions][channels]
   T* const query_;        // [rows][dim][lanes], scaled

@@ -265,7 +265,14 @@ struct Tokens {
   S* next;  // the same of the row that is taken after this one; null if there is none
   int64_t stride;
   const int64_t* columns;
-  int64_t count, dim, ahead;  // 0: they lie in the caches, where asking costs more than it gains
+  int64_t count, dim;
+  int64_t dilation;  // of the columns
+  int64_t ahead;     // 0: they lie in the caches, where asking costs more than it gains
+
+  // Whether the next `run` tokens are a dilation apart. Ends of groups, and copies of columns, put others elsewhere.
+  NAT_DENSE_INLINE bool even(int64_t position, int64_t run) const {
+    return position + run <= count && columns[position + run - 1] - columns[position] == (run - 1) * dilation;
+  }
 
   NAT_DENSE_INLINE S* at(int64_t position) const { return row + columns[position] * stride; }
 
@@ -286,56 +293,114 @@ struct Tokens {
   }
 };
 
-// Tokens -> [position][step], in the type that is computed in. Channels past the last are zero.
-template <class V, class S>
-void copy(Tokens<const S> tokens, typename V::scalar* out, int64_t step) {
-  const int64_t whole = tokens.dim / V::kLanes * V::kLanes;
-  for (int64_t i = 0; i < tokens.count; ++i, out += step) {
-    if (i % tokens.kRun == 0) tokens.look_ahead(i, tokens.kRun);
-    const S* token = tokens.at(i);
-    for (int64_t d = 0; d < whole; d += V::kLanes) V::load_part(token + d, V::kLanes).store(out + d);
-    if (whole < tokens.dim) V::load_part(token + whole, tokens.dim - whole).store(out + whole);
-  }
-}
-
-// Channels of a vector of tokens -> [channels][step], times `scale`: lanes become positions.
-template <class V, class S>
-NAT_DENSE_INLINE void pack_channels(const S* const (&token)[V::kLanes], int64_t first, int64_t channels, V scale,
+// N vectors of channels of the tokens [begin, end) -> [position][step].
+template <class V, int N, class S>
+NAT_DENSE_INLINE void copy_channels(const Tokens<const S>& tokens, int64_t begin, int64_t end, int64_t channel,
                                     typename V::scalar* out, int64_t step) {
-  V block[V::kLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < V::kLanes; ++i) block[i] = V::load_part(token[i] + first, channels);
-  V::transpose(block);
-#pragma GCC unroll 16
-  for (int i = 0; i < V::kLanes; ++i, out += step) {
-    if (i < channels) (block[i] * scale).store(out);
+  out += begin * step;
+  for (int64_t i = begin; i < end; ++i, out += step) {
+    if (channel == 0 && i % tokens.kRun == 0) tokens.look_ahead(i, tokens.kRun);
+    const S* token = tokens.at(i) + channel;
+    V x[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) x[n] = V::load_part(token + n * V::kLanes, V::kLanes);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) x[n].store(out + channel + n * V::kLanes);
   }
 }
 
-// A vector of tokens -> [dim][step], times `factor`.
+// The tokens [begin, end) -> [position][step], in the type that is computed in. Channels past the last are zero.
 template <class V, class S>
-NAT_DENSE_INLINE void pack(const S* const (&token)[V::kLanes], int64_t dim, typename V::scalar factor,
-                           typename V::scalar* out, int64_t step) {
-  const V scale = V::broadcast(factor);
+void copy(const Tokens<const S>& tokens, int64_t begin, int64_t end, typename V::scalar* out, int64_t step) {
   int64_t d = 0;
-  for (; d + V::kLanes <= dim; d += V::kLanes) pack_channels<V>(token, d, V::kLanes, scale, out + d * step, step);
-  if (d < dim) pack_channels<V>(token, d, dim - d, scale, out + d * step, step);
+  for (; d + V::kVectors * V::kLanes <= tokens.dim; d += V::kVectors * V::kLanes) {
+    copy_channels<V, V::kVectors>(tokens, begin, end, d, out, step);
+  }
+  for (; d + V::kLanes <= tokens.dim; d += V::kLanes) copy_channels<V, 1>(tokens, begin, end, d, out, step);
+  for (int64_t i = begin; i < end && d < tokens.dim; ++i) {
+    V::load_part(tokens.at(i) + d, tokens.dim - d).store(out + i * step + d);
+  }
+}
+
+// first + i * step for i < N, from one pointer to every fourth. Compilers would compute all of them, ahead of a loop,
+// and have no registers to keep them in.
+template <class T, int N>
+class Spaced {
+ public:
+  NAT_DENSE_INLINE Spaced(T* first, int64_t step) : step_(step) {
+#pragma GCC unroll 8
+    for (int i = 0; i < N; i += 4) fourth_[i / 4] = held(first + i * step);
+  }
+  NAT_DENSE_INLINE T* operator()(int i) const { return fourth_[i / 4] + i % 4 * step_; }
+
+ private:
+  static NAT_DENSE_INLINE T* held(T* p) {
+#if defined(__GNUC__)
+    asm("" : "+r"(p));
+#endif
+    return p;
+  }
+  T* fourth_[N / 4 + (N % 4 > 0)];
+  int64_t step_;
+};
+
+// A vector of tokens -> [dim][...], times `factor`: lanes become positions. `token(d)(i)` is channel d of the i-th, and
+// `out(d)(i)` where channel d + i goes.
+template <class V, class Token, class Out>
+NAT_DENSE_INLINE void pack_vector(Token&& token, int64_t dim, typename V::scalar factor, Out&& out) {
+  const V scale = V::broadcast(factor);
+  const auto channels = [&](int64_t d, int64_t count) NAT_DENSE_INLINE_LAMBDA {
+    const auto tokens = token(d);
+    const auto rows = out(d);
+    V::transpose([&](int i) NAT_DENSE_INLINE_LAMBDA { return V::load_part(tokens(i), count); },
+                 [&](int i, V x) NAT_DENSE_INLINE_LAMBDA {
+                   if (i < count) (x * scale).store(rows(i));
+                 });
+  };
+  int64_t d = 0;
+  for (; d + V::kLanes <= dim; d += V::kLanes) channels(d, V::kLanes);
+  if (d < dim) channels(d, dim - d);
+}
+
+// The same for tokens `stride` apart, the first of them at `first`: -> [dim][step].
+template <class V, class S>
+NAT_DENSE_NOINLINE void pack_even(const S* first, int64_t stride, int64_t dim, typename V::scalar factor,
+                                  typename V::scalar* out, int64_t step) {
+  using T = typename V::scalar;
+  pack_vector<V>([=](int64_t d) NAT_DENSE_INLINE_LAMBDA { return Spaced<const S, V::kLanes>(first + d, stride); }, dim, factor,
+                 [=](int64_t d) NAT_DENSE_INLINE_LAMBDA { return Spaced<T, V::kLanes>(out + d * step, step); });
+}
+
+// The same for tokens at any addresses: the i-th is at `at(i)`.
+template <class V, class At>
+NAT_DENSE_INLINE void pack_any(At&& at, int64_t dim, typename V::scalar factor, typename V::scalar* out, int64_t step) {
+  decltype(at(0)) tokens[V::kLanes];
+  for (int i = 0; i < V::kLanes; ++i) tokens[i] = at(i);
+  pack_vector<V>(
+      [&](int64_t d) NAT_DENSE_INLINE_LAMBDA {
+        return [&tokens, d](int i) NAT_DENSE_INLINE_LAMBDA { return tokens[i] + d; };
+      },
+      dim, factor,
+      [=](int64_t d) NAT_DENSE_INLINE_LAMBDA {
+        return [=](int i) NAT_DENSE_INLINE_LAMBDA { return out + (d + i) * step; };
+      });
 }
 
 // The tokens from `position` on; those past the last repeat it.
 template <class V, class S>
 NAT_DENSE_INLINE void pack(const Tokens<const S>& tokens, int64_t position, typename V::scalar factor,
                            typename V::scalar* out, int64_t step) {
-  const S* token[V::kLanes];
   tokens.look_ahead(position, V::kLanes);
-  for (int i = 0; i < V::kLanes; ++i) token[i] = tokens.at(min_of(position + i, tokens.count - 1));
-  pack<V>(token, tokens.dim, factor, out, step);
+  if (tokens.even(position, V::kLanes)) {
+    return pack_even<V>(tokens.at(position), tokens.stride * tokens.dilation, tokens.dim, factor, out, step);
+  }
+  pack_any<V>([&](int i) { return tokens.at(min_of(position + i, tokens.count - 1)); }, tokens.dim, factor, out, step);
 }
 
-// All tokens, in whole vectors.
+// The tokens [begin, end), in whole vectors.
 template <class V, class S>
-void pack(Tokens<const S> tokens, typename V::scalar* out, int64_t step) {
-  for (int64_t i = 0; i < tokens.count; i += V::kLanes) pack<V>(tokens, i, typename V::scalar(1), out + i, step);
+void pack(const Tokens<const S>& tokens, int64_t begin, int64_t end, typename V::scalar* out, int64_t step) {
+  for (int64_t i = begin; i < end; i += V::kLanes) pack<V>(tokens, i, typename V::scalar(1), out + i, step);
 }
 
 // Whether results that are stored as S go past the caches: whole lines of the type that is computed in can.

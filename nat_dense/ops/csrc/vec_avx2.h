@@ -75,24 +75,24 @@ struct Avx2Vec {
     }
   };
 
-  static NAT_DENSE_INLINE void transpose(Avx2Vec (&r)[8]) {
-    __m256 pairs[8], quads[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i += 2) {
-      pairs[i] = _mm256_unpacklo_ps(r[i].v, r[i + 1].v);
-      pairs[i + 1] = _mm256_unpackhi_ps(r[i].v, r[i + 1].v);
-    }
+  // column(j, {row(0)[j], row(1)[j], ...}).
+  template <class Row, class Column>
+  static NAT_DENSE_INLINE void transpose(Row&& row, Column&& column) {
+    __m256 quads[8];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i += 4) {  // quads[i + j] has column j of rows i..i+3 in both 128-bit parts
-      quads[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
-      quads[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
-      quads[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
-      quads[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+      const __m256 a = row(i).v, b = row(i + 1).v, c = row(i + 2).v, d = row(i + 3).v;
+      const __m256 even_low = _mm256_unpacklo_ps(a, b), even_high = _mm256_unpackhi_ps(a, b);
+      const __m256 odd_low = _mm256_unpacklo_ps(c, d), odd_high = _mm256_unpackhi_ps(c, d);
+      quads[i] = _mm256_shuffle_ps(even_low, odd_low, 0x44);
+      quads[i + 1] = _mm256_shuffle_ps(even_low, odd_low, 0xee);
+      quads[i + 2] = _mm256_shuffle_ps(even_high, odd_high, 0x44);
+      quads[i + 3] = _mm256_shuffle_ps(even_high, odd_high, 0xee);
     }
 #pragma GCC unroll 8
     for (int j = 0; j < 4; ++j) {
-      r[j].v = _mm256_permute2f128_ps(quads[j], quads[4 + j], 0x20);
-      r[4 + j].v = _mm256_permute2f128_ps(quads[j], quads[4 + j], 0x31);
+      column(j, Avx2Vec{_mm256_permute2f128_ps(quads[j], quads[4 + j], 0x20)});
+      column(4 + j, Avx2Vec{_mm256_permute2f128_ps(quads[j], quads[4 + j], 0x31)});
     }
   }
 

@@ -83,19 +83,20 @@ struct Avx512Vec {
     }
   };
 
-  static NAT_DENSE_INLINE void transpose(Avx512Vec (&r)[16]) {
-    __m512 pairs[16], quads[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i += 2) {
-      pairs[i] = _mm512_unpacklo_ps(r[i].v, r[i + 1].v);
-      pairs[i + 1] = _mm512_unpackhi_ps(r[i].v, r[i + 1].v);
-    }
+  // column(j, {row(0)[j], row(1)[j], ...}). Rows are taken four at a time, and columns given away as soon as they are
+  // there: sixteen of both at once don't fit the registers.
+  template <class Row, class Column>
+  static NAT_DENSE_INLINE void transpose(Row&& row, Column&& column) {
+    __m512 quads[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i += 4) {  // quads[i + j] has column j of rows i..i+3 in every 128-bit part
-      quads[i] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
-      quads[i + 1] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
-      quads[i + 2] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
-      quads[i + 3] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+      const __m512 a = row(i).v, b = row(i + 1).v, c = row(i + 2).v, d = row(i + 3).v;
+      const __m512 even_low = _mm512_unpacklo_ps(a, b), even_high = _mm512_unpackhi_ps(a, b);
+      const __m512 odd_low = _mm512_unpacklo_ps(c, d), odd_high = _mm512_unpackhi_ps(c, d);
+      quads[i] = _mm512_shuffle_ps(even_low, odd_low, 0x44);
+      quads[i + 1] = _mm512_shuffle_ps(even_low, odd_low, 0xee);
+      quads[i + 2] = _mm512_shuffle_ps(even_high, odd_high, 0x44);
+      quads[i + 3] = _mm512_shuffle_ps(even_high, odd_high, 0xee);
     }
 #pragma GCC unroll 16
     for (int j = 0; j < 4; ++j) {
@@ -103,10 +104,10 @@ struct Avx512Vec {
       const __m512 b = _mm512_shuffle_f32x4(quads[j], quads[4 + j], 0xdd);
       const __m512 c = _mm512_shuffle_f32x4(quads[8 + j], quads[12 + j], 0x88);
       const __m512 d = _mm512_shuffle_f32x4(quads[8 + j], quads[12 + j], 0xdd);
-      r[j].v = _mm512_shuffle_f32x4(a, c, 0x88);
-      r[4 + j].v = _mm512_shuffle_f32x4(b, d, 0x88);
-      r[8 + j].v = _mm512_shuffle_f32x4(a, c, 0xdd);
-      r[12 + j].v = _mm512_shuffle_f32x4(b, d, 0xdd);
+      column(j, Avx512Vec{_mm512_shuffle_f32x4(a, c, 0x88)});
+      column(4 + j, Avx512Vec{_mm512_shuffle_f32x4(b, d, 0x88)});
+      column(8 + j, Avx512Vec{_mm512_shuffle_f32x4(a, c, 0xdd)});
+      column(12 + j, Avx512Vec{_mm512_shuffle_f32x4(b, d, 0xdd)});
     }
   }
 

@@ -148,14 +148,12 @@ struct GenericVec {
 
   static NAT_DENSE_INLINE GenericVec held(GenericVec x) { return x; }
 
-  static void transpose(GenericVec (&rows)[N]) {
-    for (int i = 0; i < N; ++i) {
-      for (int j = i + 1; j < N; ++j) {
-        const T t = rows[i].v[j];
-        rows[i].v[j] = rows[j].v[i];
-        rows[j].v[i] = t;
-      }
-    }
+  // column(j, {row(0)[j], row(1)[j], ...}).
+  template <class Row, class Column>
+  static NAT_DENSE_INLINE void transpose(Row&& row, Column&& column) {
+    GenericVec rows[N];
+    for (int i = 0; i < N; ++i) rows[i] = row(i);
+    for (int j = 0; j < N; ++j) column(j, make([&](int i) { return rows[i].v[j]; }));
   }
 
   // The first `count` lanes from or to memory, converted; the others are zero or left alone.

@@ -54,7 +54,7 @@ Tokens<S> tokens_of(const Call& call, const Item& item, const Map& map, int64_t 
   S* next = place + 1 < real_members(call.rows, item.group) ? row_of<S>(call, item, map, place + 1) : nullptr;
   const int64_t bytes = call.dim * static_cast<int64_t>(sizeof(S));
   const int64_t ahead = cold && call.fetch ? max_of(4096 / bytes, 1) : 0;  // 4 KiB
-  return {row_of<S>(call, item, map, place), next, map.column, columns, count, call.dim, ahead};
+  return {row_of<S>(call, item, map, place), next, map.column, columns, count, call.dim, call.columns.dilation, ahead};
 }
 
 // Consecutive query rows of one row group, and the key rows that their windows cover.
@@ -107,17 +107,14 @@ struct RowsOf {
   }
 };
 
-// Rows of tokens that the next block of query rows needs, on their way to the caches while the products of this one are
-// computed: a row with each key row, and of it the columns of the tile that is worked on.
+// Rows of tokens that will be needed, on their way to the caches while products are computed: a row with each key row of
+// a product, and of it as many tokens as a tile has columns.
 template <class V, class S>
 class NextRows {
  public:
-  // Of `of_keys` the rows that windows reach next, of `of_queries` those that queries do.
-  NextRows(const Call& call, const Item& item, Arena& arena, std::initializer_list<const Map*> of_keys,
-           std::initializer_list<const Map*> of_queries)
+  NextRows(const Call& call, const Item& item, Arena& arena, std::initializer_list<const Map*> maps)
       : call_(call), item_(item) {
-    for (const Map* map : of_keys) sources_[count_++] = {map, true, arena.take<int64_t>(call.dim)};
-    for (const Map* map : of_queries) sources_[count_++] = {map, false, arena.take<int64_t>(call.dim)};
+    for (const Map* map : maps) sources_[count_++] = {map, arena.take<int64_t>(call.dim)};
   }
 
   // Fills the tables: when there is memory for them.
@@ -136,32 +133,32 @@ class NextRows {
     }
   }
 
-  // Of the query rows from `begin` to `end`, the next to come after `block` are looked for.
-  void look(const RowBlock& block, int64_t end) {
+  // The places [begin, end) are looked for: V::kRows at most, and none past the last.
+  void look(int64_t begin, int64_t end) {
     rows_ = 0;
+    end = min_of(min_of(end, begin + V::kRows), real_members(call_.rows, item_.group));
     for (int i = 0; call_.fetch && i < count_; ++i) {
       const Source& source = sources_[i];
-      const int64_t first = source.of_keys ? block.high : block.begin + block.count;
-      const int64_t last = min_of(first + V::kRows, source.of_keys ? real_members(call_.rows, item_.group) : end);
-      for (int64_t place = first; place < last; ++place) {
+      for (int64_t place = begin; place < end; ++place) {
         const auto row = reinterpret_cast<uintptr_t>(row_of<const S>(call_, item_, *source.map, place));
         row_[rows_++] = {row, source.map->column * static_cast<int64_t>(sizeof(S)), source.offset};
       }
     }
   }
-  // Whether products with this many key rows leave something out: rows, or lines of narrow tokens.
-  bool too_many(int64_t key_rows) const { return rows_ > key_rows || tile_lines() > call_.dim; }
+  int64_t rows() const { return rows_; }
 
-  // The part of the i-th row from this column on.
+  // The part of the i-th row from this column on; none of one past the last.
   Lines at(int64_t i, int64_t column) const {
     if (i >= rows_) return {0, nullptr};
     return {row_[i].first + column * row_[i].column, row_[i].offset};
   }
 
+  // Lines of a row that a tile takes. Products ask for `dim` at most.
+  int64_t tile_lines() const { return V::kLanes * ceil_div(call_.dim * static_cast<int64_t>(sizeof(S)), kLine); }
+
  private:
   struct Source {
     const Map* map;
-    bool of_keys;
     int64_t* offset;  // [dim]
   };
   struct Row {
@@ -170,14 +167,31 @@ class NextRows {
     const int64_t* offset;
   };
 
-  int64_t tile_lines() const { return V::kLanes * ceil_div(call_.dim * static_cast<int64_t>(sizeof(S)), kLine); }
-
   const Call& call_;
   const Item& item_;
-  Source sources_[4];
+  Source sources_[2];
   int count_ = 0;
-  Row row_[4 * V::kRows];
+  Row row_[2 * V::kRows];
   int64_t rows_ = 0;
+};
+
+// Of keys first, then of queries.
+template <class V, class S>
+struct NextTokens {
+  NextRows<V, S> keys, queries;
+
+  void start() {
+    keys.start();
+    queries.start();
+  }
+  // What to ask for with the i-th key row.
+  Lines at(int64_t i, int64_t key_column, int64_t query_column) const {
+    return i < keys.rows() ? keys.at(i, key_column) : queries.at(i - keys.rows(), query_column);
+  }
+  // Whether products with this many key rows leave something out: rows, or lines of narrow tokens.
+  bool too_many(int64_t key_rows, int64_t dim) const {
+    return keys.rows() + queries.rows() > key_rows || keys.tile_lines() > dim;
+  }
 };
 
 // The values of one query row of a tile: [window row][window column][lanes], `step` apart. Real keys come first on
