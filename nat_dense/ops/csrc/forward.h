@@ -49,7 +49,7 @@ class Forward {
       const RowBlock block(axis, item_.group, i, item_.end, V::kRows);
       for (; packed < block.high; ++packed) KeyRow(*this, packed, cold).pack_keys(0, segment_.key_count);  // at first
       const Rows rows(*this, block, cold);
-      // The rows that the next block sees besides are packed little by little, while the caches have what was asked for.
+      // The rows that the next block sees besides are packed a share with each tile: see README.md.
       const int64_t last = min_of(i + (call_.fetch ? 2 : 1) * V::kRows, item_.end) - 1;
       const int64_t end = window_start(axis, item_.group, last) + window_limit(axis, item_.group, last);
       next_.keys.look(packed, end);

@@ -297,28 +297,34 @@ struct Tokens {
 template <class V, int N, class S>
 NAT_DENSE_INLINE void copy_channels(const Tokens<const S>& tokens, int64_t begin, int64_t end, int64_t channel,
                                     typename V::scalar* out, int64_t step) {
-  out += begin * step;
+  const S* const row = tokens.row + channel;
+  const int64_t* const columns = tokens.columns;
+  const int64_t stride = tokens.stride;
+  out += begin * step + channel;
   for (int64_t i = begin; i < end; ++i, out += step) {
-    if (channel == 0 && i % tokens.kRun == 0) tokens.look_ahead(i, tokens.kRun);
-    const S* token = tokens.at(i) + channel;
+    const S* token = row + columns[i] * stride;
     V x[N];
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) x[n] = V::load_part(token + n * V::kLanes, V::kLanes);
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) x[n].store(out + channel + n * V::kLanes);
+    for (int n = 0; n < N; ++n) x[n].store(out + n * V::kLanes);
   }
 }
 
 // The tokens [begin, end) -> [position][step], in the type that is computed in. Channels past the last are zero.
 template <class V, class S>
 void copy(const Tokens<const S>& tokens, int64_t begin, int64_t end, typename V::scalar* out, int64_t step) {
-  int64_t d = 0;
-  for (; d + V::kVectors * V::kLanes <= tokens.dim; d += V::kVectors * V::kLanes) {
-    copy_channels<V, V::kVectors>(tokens, begin, end, d, out, step);
-  }
-  for (; d + V::kLanes <= tokens.dim; d += V::kLanes) copy_channels<V, 1>(tokens, begin, end, d, out, step);
-  for (int64_t i = begin; i < end && d < tokens.dim; ++i) {
-    V::load_part(tokens.at(i) + d, tokens.dim - d).store(out + i * step + d);
+  for (int64_t last; begin < end; begin = last) {
+    last = tokens.ahead ? min_of(begin + tokens.kRun, end) : end;
+    tokens.look_ahead(begin, last - begin);
+    int64_t d = 0;
+    for (; d + V::kVectors * V::kLanes <= tokens.dim; d += V::kVectors * V::kLanes) {
+      copy_channels<V, V::kVectors>(tokens, begin, last, d, out, step);
+    }
+    for (; d + V::kLanes <= tokens.dim; d += V::kLanes) copy_channels<V, 1>(tokens, begin, last, d, out, step);
+    for (int64_t i = begin; i < last && d < tokens.dim; ++i) {
+      V::load_part(tokens.at(i) + d, tokens.dim - d).store(out + i * step + d);
+    }
   }
 }
 
@@ -364,11 +370,12 @@ NAT_DENSE_INLINE void pack_vector(Token&& token, int64_t dim, typename V::scalar
 
 // The same for tokens `stride` apart, the first of them at `first`: -> [dim][step].
 template <class V, class S>
-NAT_DENSE_NOINLINE void pack_even(const S* first, int64_t stride, int64_t dim, typename V::scalar factor,
+NAT_DENSE_INLINE void pack_even(const S* first, int64_t stride, int64_t dim, typename V::scalar factor,
                                   typename V::scalar* out, int64_t step) {
   using T = typename V::scalar;
-  pack_vector<V>([=](int64_t d) NAT_DENSE_INLINE_LAMBDA { return Spaced<const S, V::kLanes>(first + d, stride); }, dim, factor,
-                 [=](int64_t d) NAT_DENSE_INLINE_LAMBDA { return Spaced<T, V::kLanes>(out + d * step, step); });
+  const auto tokens = [=](int64_t d) NAT_DENSE_INLINE_LAMBDA { return Spaced<const S, V::kLanes>(first + d, stride); };
+  const auto rows = [=](int64_t d) NAT_DENSE_INLINE_LAMBDA { return Spaced<T, V::kLanes>(out + d * step, step); };
+  pack_vector<V>(tokens, dim, factor, rows);
 }
 
 // The same for tokens at any addresses: the i-th is at `at(i)`.
