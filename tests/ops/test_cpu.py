@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nat_dense.ops import backend_report, cpu, na2d
+from nat_dense.ops.functional import na2d_rows
 from nat_dense.ops.problem import Problem
 from tests import golden
 from tests.ops.cases import CASES, Case
@@ -39,6 +40,11 @@ LAYOUTS = (
     Case("padded rows, whole columns", (5, 20), (7, 7), padded=True, dim=16),
     Case("tokens that are asked for ahead", (40, 70), dim=64, heads=4),
     Case("tokens asked for ahead, dilated", (40, 70), dilation=(2, 3), dim=64, heads=4),
+    # Kernels of other sides, heads that fill no vector, padded maps and several segments, from 1 MiB of queries on.
+    Case("asked for ahead, a wide window", (40, 53), (3, 13), dim=40, heads=4, strided=True),
+    Case("asked for ahead, a high window", (33, 64), (13, 5), dim=40, heads=4),
+    Case("asked for ahead, padded", (13, 11), (5, 7), (2, 2), padded=True, dim=48, heads=4, batch=10),
+    Case("asked for ahead, segments, dilated", (12, 700), (3, 7), (2, 3), dim=40, heads=1),
     Case("dilation of detection", (25, 38), dilation=(3, 3), heads=1),
     Case("padded columns of two lengths", (9, 45), (7, 7), (1, 8), padded=True, dim=16),
     Case("padded rows of two lengths", (11, 20), (5, 5), (3, 2), padded=True, dim=16, batch=2),
@@ -126,6 +132,19 @@ def test_same_bits_for_the_same_number_of_threads(case, count, threads):
     first, second = run(case, torch.float32, "cpu"), run(case, torch.float32, "cpu")
     assert_close(first, expected(case, torch.float32), TOLERANCE[torch.float32])
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@needs_kernels
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dilation", [(1, 1), (3, 2)])
+def test_rows_of_a_map_that_is_asked_for_ahead(dilation, variant):
+    case = Case("rows of a map that is asked for ahead", (40, 53), (5, 7), dilation, dim=40, heads=4)
+    names = ("query", "key", "value", "rpb")
+    tensors = {name: t.detach() for name, t in case.tensors(torch.float32).items() if name in names}
+    settings = dict(kernel_size=case.kernel_size, dilation=dilation, backend=f"cpu:{variant}")
+    whole = na2d(**tensors, **settings)
+    for rows in ((0, 40), (0, 2), (39, 40), (13, 20), (5, 38)):
+        assert torch.equal(na2d_rows(**tensors, **settings, scale=40**-0.5, rows=rows), whole[:, slice(*rows)])
 
 
 @needs_kernels

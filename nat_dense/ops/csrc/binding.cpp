@@ -128,8 +128,8 @@ class Problem {
   }
 
   void plan_columns(bool backward) {
-    const int64_t element = accumulation == at::kDouble ? 8 : 4, ring = call.rows.kernel + kernels.rows - 1;
-    const int64_t dim = round_up(call.dim, kernels.lanes);
+    const int64_t element = accumulation == at::kDouble ? 8 : 4, dim = round_up(call.dim, kernels.lanes);
+    const int64_t ring = backward ? call.rows.kernel + kernels.rows - 1 : forward_slots(call, kernels.rows);
     int64_t column = 2 * ring * dim * element;  // bytes of packed rows per column
     if (backward) column = 5 * column / 2 + 2 * kernels.rows * (dim + call.rows.kernel * call.columns.kernel) * element;
     const int64_t width = (backward ? kBackwardCache : kForwardCache) / column;

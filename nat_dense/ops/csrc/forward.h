@@ -21,8 +21,8 @@ class Forward {
         channels_(round_up(call.dim, V::kLanes)),
         bias_(call, item.head),
         next_{{call, item, arena, {&call.key, &call.value}}, {call, item, arena, {&call.query}}},
-        keys_(arena, slots(call), call.dim * key_step_),
-        values_(arena, slots(call), channels_ * key_step_),
+        keys_(arena, forward_slots(call, V::kRows), call.dim * key_step_),
+        values_(arena, forward_slots(call, V::kRows), channels_ * key_step_),
         query_(arena.take<T>(V::kRows * call.dim * V::kLanes)),
         weight_(arena.take<T>(V::kRows * window_ * V::kLanes)),
         factor_(arena.take<T>(V::kRows * V::kLanes)),
@@ -47,9 +47,9 @@ class Forward {
     bool cold = true;
     for (int64_t i = item_.begin; i < item_.end; i += V::kRows) {
       const RowBlock block(axis, item_.group, i, item_.end, V::kRows);
-      for (; packed < block.high; ++packed) KeyRow(*this, packed, cold).pack_keys(0, segment_.key_count);  // at first
+      for (; packed < block.high; ++packed) KeyRow(*this, packed, cold).pack_tokens(0, segment_.key_count);
       const Rows rows(*this, block, cold);
-      // The rows that the next block sees besides are packed a share with each tile: see README.md.
+      // Where rows are packed ahead, those that the next block sees besides: a share with each tile, see README.md.
       const int64_t last = min_of(i + (call_.fetch ? 2 : 1) * V::kRows, item_.end) - 1;
       const int64_t end = window_start(axis, item_.group, last) + window_limit(axis, item_.group, last);
       next_.keys.look(packed, end);
@@ -57,22 +57,24 @@ class Forward {
       cold = next_.too_many(block.high - block.low, call_.dim);
       KeyRow coming[V::kRows];
       const int count = static_cast<int>(end - packed);
-      for (int k = 0; k < count; ++k) coming[k] = KeyRow(*this, packed + k, cold);
+      for (int k = 0; k < count; ++k) {
+        coming[k] = KeyRow(*this, packed + k, cold);
+        if (k + 1 < count) coming[k].keys.next = coming[k].values.next = nullptr;  // it is packed at the same time
+      }
       packed = end;
-      int64_t key = 0;
-      for (int64_t t = 0; t < segment_.tile_count; ++t) {
-        attend(block, rows, t);
+      for (int64_t t = 0, key = 0; t < segment_.tile_count; ++t) {
+        const bool last_tile = t + 1 == segment_.tile_count;
+        if (last_tile) next_.queries.look(i + block.count, item_.end);
+        const Tile& tile = segment_.tiles[t];
+        attend(block, rows, tile, segment_.query_column[last_tile ? 0 : tile.first + tile.lanes]);
         if (count == 0) continue;
         const int64_t key_end = key_part(t + 1);
-        for (int k = 0; k < count; ++k) coming[k].pack_keys(key, key_end);
+        for (int k = 0; k < count; ++k) coming[k].pack_tokens(key, key_end);
         key = key_end;
       }
     }
     if (stream_) V::fence();
   }
-
-  // Rows of keys that a block sees, and those that are packed for the next one.
-  static int64_t slots(const Call& call) { return call.rows.kernel + (call.fetch ? 2 : 1) * V::kRows - 1; }
 
   // Keys that are packed before tile t: whole vectors, a share for every tile.
   int64_t key_part(int64_t t) const {
@@ -95,7 +97,7 @@ class Forward {
           key_step(pass.key_step_),
           value_step(pass.channels_) {}
 
-    void pack_keys(int64_t begin, int64_t end) const {
+    void pack_tokens(int64_t begin, int64_t end) const {
       pack<V>(keys, begin, end, packed_keys, key_step);
       copy<V>(values, begin, end, packed_values, value_step);
     }
@@ -122,8 +124,8 @@ class Forward {
     return tokens_of<const S>(call_, item_, map, place, segment_.query_column, segment_.query_count, cold);
   }
 
-  void attend(const RowBlock& block, const Rows& rows, int64_t t) {
-    const Tile& tile = segment_.tiles[t];
+  // The queries of a tile; those from `next_column` on come next.
+  void attend(const RowBlock& block, const Rows& rows, const Tile& tile, int64_t next_column) {
     const int64_t dim = call_.dim, lanes = V::kLanes, kernel_columns = call_.columns.kernel;
     int64_t column[V::kLanes];
     for (int i = 0; i < tile.lanes; ++i) column[i] = segment_.query_column[tile.first + i] * call_.out.column;
@@ -131,12 +133,9 @@ class Forward {
       pack<V>(rows.query[r], tile.first, T(call_.scale * kLog2E), query_ + r * dim * lanes, lanes);
       for (int i = 0; i < tile.lanes && call_.fetch && !stream_; ++i) Tokens<S>::fetch(rows.out[r] + column[i], dim);
     }
-    const bool last = t + 1 == segment_.tile_count;
-    if (last) next_.queries.look(block.begin + block.count, item_.end);
     const int64_t key_column = segment_.query_column[tile.first];
-    const int64_t query_column = segment_.query_column[last ? 0 : tile.first + tile.lanes];
     score<V>(block, tile, query_, dim * lanes, lanes, rows.keys, key_step_, dim, &bias_, weight_, window_ * lanes,
-             lanes, kernel_columns, [&](int64_t i) { return next_.at(i, key_column, query_column); });
+             lanes, kernel_columns, [&](int64_t i) { return next_.at(i, key_column, next_column); });
     for (int r = 0; r < block.count; ++r) {
       store_lse(block.begin + r, tile, softmax(block, tile, r));
     }

@@ -286,7 +286,7 @@ struct Tokens {
     for (int64_t i = later + in_row - count; i < end; ++i) fetch(next + columns[i] * stride, dim);
   }
 
-  static constexpr int64_t kRun = 8;  // tokens that are copied at a time
+  static constexpr int64_t kRun = 8;  // tokens that are copied from one request to the next
 
   static NAT_DENSE_INLINE void fetch(const S* token, int64_t dim) {
     for (int64_t d = 0; d < dim; d += kLine / sizeof(S)) prefetch(token + d);
@@ -329,7 +329,7 @@ void copy(const Tokens<const S>& tokens, int64_t begin, int64_t end, typename V:
 }
 
 // first + i * step for i < N, from one pointer to every fourth. Compilers would compute all of them, ahead of a loop,
-// and have no registers to keep them in.
+// and have no registers to keep them in. The last ones may lie past the end of the memory, where nobody reads them.
 template <class T, int N>
 class Spaced {
  public:

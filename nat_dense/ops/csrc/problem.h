@@ -97,7 +97,9 @@ struct Call {
   int64_t query_stride, key_stride;  // row lengths of packed buffers, the same for all segments
 
   bool stream;  // results are too many for the caches: they needn't pass through them
-  bool fetch;   // tokens are too many for the caches: they are asked for before it is their turn
+  // Tokens are too many for the caches: they are asked for before it is their turn, and the forward pass packs rows of
+  // keys ahead, which takes more of them.
+  bool fetch;
 
   Map out;    // forward
   void* lse;  // accumulation type, [B, H, W, heads]
@@ -106,6 +108,11 @@ struct Call {
   Map grad_key, grad_value;  // accumulation type
   bool needs_grad_bias;
 };
+
+// Key rows that the forward pass keeps, for blocks of so many query rows: those of a block and, if need be, of the next.
+inline int64_t forward_slots(const Call& call, int64_t rows) {
+  return call.rows.kernel + (call.fetch ? 2 : 1) * rows - 1;
+}
 
 // A run of query places of one row group of one head.
 struct Item {
