@@ -371,7 +371,7 @@ NAT_DENSE_INLINE void pack_vector(Token&& token, int64_t dim, typename V::scalar
 // The same for tokens `stride` apart, the first of them at `first`: -> [dim][step].
 template <class V, class S>
 NAT_DENSE_INLINE void pack_even(const S* first, int64_t stride, int64_t dim, typename V::scalar factor,
-                                  typename V::scalar* out, int64_t step) {
+                                typename V::scalar* out, int64_t step) {
   using T = typename V::scalar;
   const auto tokens = [=](int64_t d) NAT_DENSE_INLINE_LAMBDA { return Spaced<const S, V::kLanes>(first + d, stride); };
   const auto rows = [=](int64_t d) NAT_DENSE_INLINE_LAMBDA { return Spaced<T, V::kLanes>(out + d * step, step); };
