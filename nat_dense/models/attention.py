@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from nat_dense.models.linear import Linear
+from nat_dense.models.linear import Linear, linear
 from nat_dense.ops import na2d, na2d_qkv, reference
 from nat_dense.ops.backends import check_name
 from nat_dense.ops.functional import is_exported, na2d_rows
@@ -69,8 +69,10 @@ class NeighborhoodAttention2D(nn.Module):
         self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, rows: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, rows: tuple[int, int] | None = None, add_bias: bool = True) -> Tensor:
         """[B, H, W, dim] -> [B, H, W, dim], or the rows [first, last) of that, without gradients, for `rows`.
+
+        Without the bias of the output projection where not `add_bias`: whoever calls adds it.
 
         A map smaller than the dilated window counts as zero-padded on the right and bottom before the projection, as
         in the released models: its padding is attended to and has the projection's biases as key and value.
@@ -91,7 +93,8 @@ class NeighborhoodAttention2D(nn.Module):
                 dropout=self.attn_drop if self.training else 0.0,
                 backend=self.backend,
             )
-        return self.proj_drop(self.proj(out.flatten(-2)))
+        out = out.flatten(-2)
+        return self.proj_drop(self.proj(out) if add_bias else linear(out, self.proj.weight, None))
 
     def extra_repr(self) -> str:
         names = ("num_heads", "kernel_size", "dilation", "backend")

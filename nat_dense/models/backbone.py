@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nat_dense.models import variants
+from nat_dense.models.add_norm import add_norm, takes_kernels
 from nat_dense.models.attention import NeighborhoodAttention2D
-from nat_dense.models.layers import DropPath, Mlp, in_runs, put_together, rows_in_a_band, rows_seen
+from nat_dense.models.layers import DropPath, Mlp, drops, in_runs, is_plain, put_together, rows_in_a_band, rows_seen
+from nat_dense.models.linear import Linear
 
 Dilations = str | Sequence[Sequence[int]] | None
 
@@ -37,11 +39,50 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
+        if self.is_joined(x):
+            return self.joined(x)[0]
         rows = rows_in_a_band(x, self.attn.kernel_size * self.attn.dilation)
         samples = self.drop_path.training  # which looks at whole samples
         if rows and not samples:
             return put_together(self._bands(x, rows), x.shape[:-1])
         return in_runs(self._add_branches, x, self.attn(self.norm1(x)), whole=samples)
+
+    def is_joined(self, x: Tensor) -> bool:
+        """Whether `joined` may run in place of the modules: on a GPU, where they are plain and without dropout."""
+        attn, mlp = self.attn, self.mlp
+        kinds: dict = {Block: [self], nn.LayerNorm: [self.norm1, self.norm2], DropPath: [self.drop_path]}
+        kinds |= {NeighborhoodAttention2D: [attn], Mlp: [mlp], Linear: [attn.proj, mlp.fc1, mlp.fc2]}
+        kinds |= {nn.Dropout: [attn.proj_drop, mlp.drop]}
+        return (
+            takes_kernels(x)
+            and all(is_plain(module, kind) for kind, modules in kinds.items() for module in modules)
+            and not any(map(drops, kinds[nn.Dropout]))
+        )
+
+    def joined(
+        self, x: Tensor, normed: Tensor | None = None, norm: nn.LayerNorm | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The block, with the sum of each branch and the norm after it in one pass over the map.
+
+        Args:
+            x: [B, H, W, C].
+            normed: `norm1` of it, where the block before has computed that.
+            norm: `norm1` of the block that follows, where that is to be computed here.
+
+        Returns:
+            The map after the block, and its norm or None.
+        """
+        branch = self.attn(self.norm1(x) if normed is None else normed, add_bias=False)
+        x, normed = self._add_norm(x, branch, self.attn.proj.bias, self.gamma1, self.norm2)
+        if norm is None:
+            return self.drop_path(x, self.mlp(normed), self.gamma2), None
+        return self._add_norm(x, self.mlp(normed, add_bias=False), self.mlp.fc2.bias, self.gamma2, norm)
+
+    def _add_norm(
+        self, x: Tensor, branch: Tensor, bias: Tensor | None, layer_scale: Tensor | None, norm: nn.LayerNorm
+    ) -> tuple[Tensor, Tensor]:
+        factor = self.drop_path.factor(branch, torch.float32)
+        return add_norm(x, branch, bias, layer_scale, factor, norm.weight, norm.bias, norm.eps)
 
     def _bands(self, x: Tensor, rows: int) -> Iterator[Tensor]:
         """All of the block for a band of rows before the next one: what lies between x and the output stays in the
@@ -69,9 +110,23 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B, H, W, C] -> the map after the blocks, and what the next stage takes."""
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.with_cp and self.training else block(x)
+        if self.with_cp and self.training:
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=False)
+        else:
+            x = self._in_turn(x)
         return x, x if self.downsample is None else self.downsample(x)
+
+    def _in_turn(self, x: Tensor) -> Tensor:
+        # A block that something was put around or in place of has a type of its own.
+        joined = [block if type(block) is Block and block.is_joined(x) else None for block in self.blocks]
+        normed = None
+        for block, this, following in zip(self.blocks, joined, [*joined[1:], None], strict=True):
+            if this is None:
+                x = block(x)
+            else:
+                x, normed = this.joined(x, normed, None if following is None else following.norm1)
+        return x
 
 
 class NeighborhoodBackbone(BaseModule):

@@ -102,12 +102,25 @@ class DropPath(nn.Module):
 
     def forward(self, x: Tensor, branch: Tensor, layer_scale: Tensor | None = None) -> Tensor:
         """x + branch [B, ..., C], the branch times its layer scale [C] where there is one."""
-        factor = layer_scale
-        if self.rate > 0.0 and self.training:
-            keep = 1.0 - self.rate
-            factor = branch.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(keep).div_(keep)
+        factor = self.factor(branch)
+        if factor is None:
+            factor = layer_scale
+        else:
+            factor = factor.view(-1, *[1] * (x.dim() - 1))
             factor = factor if layer_scale is None else factor * layer_scale
         return x + branch if factor is None else torch.addcmul(x, branch, factor)
+
+    def factor(self, branch: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
+        """What samples of a branch are multiplied by: [B], None where nothing is dropped.
+
+        Args:
+            branch: [B, ..., C].
+            dtype: Of the factors; None for the branch's.
+        """
+        if self.rate == 0.0 or not self.training:
+            return None
+        keep = 1.0 - self.rate
+        return branch.new_empty(branch.shape[0], dtype=dtype).bernoulli_(keep).div_(keep)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"
@@ -122,20 +135,26 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden_dim, dim)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if (self.drop.training and self.drop.p > 0) or not (_is_plain(self.fc1) and _is_plain(self.fc2)):
+    def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
+        """Without the bias of the second layer where not `add_bias`, which is for plain layers without dropout."""
+        if drops(self.drop) or not (is_plain(self.fc1, Linear) and is_plain(self.fc2, Linear)):
             out = self.fc2(self.drop(F.gelu(self.fc1(x))))
         else:
-            out = mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+            out = mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias if add_bias else None)
         return self.drop(out)
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether a layer's parameters are all there is to it: no adapter in its place, no parametrization, no hooks of its
-    own or of all modules, no forward put there for it alone, as offloading does."""
-    own = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+def drops(dropout: nn.Dropout) -> bool:
+    """Whether it drops anything."""
+    return dropout.training and dropout.p > 0
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module's parameters are all there is to it: no adapter in its place, no parametrization, no hooks of
+    its own or of all modules, no forward put there for it alone, as offloading does."""
+    own = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     is_hooked = any(own) or nn.modules.module._has_any_global_hook()
-    return type(layer) is Linear and "forward" not in layer.__dict__ and not is_hooked
+    return type(module) is kind and "forward" not in module.__dict__ and not is_hooked
 
 
 def channels_last(image: Tensor) -> Tensor:

@@ -16,7 +16,10 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from nat_dense.ops import cpu
-from nat_dense.ops.functional import is_transformed
+from nat_dense.ops.functional import is_exported, is_transformed
+
+LOWERED = (torch.float32, torch.bfloat16, torch.float16)
+"""What autocast lowers."""
 
 
 class Linear(nn.Linear):
@@ -104,6 +107,23 @@ def suits_onednn(x: Tensor, weight: Tensor) -> bool:
         and not is_transformed()
         and torch.backends.mkldnn.enabled
     )
+
+
+def suits_gpu_kernels(x: Tensor, *others: Tensor) -> bool:
+    """Plain tensors of one device, in dtypes that autocast lowers or else in one, outside tracing and transforms, which
+    know plain operations alone. torch.compile knows operators."""
+    return bool(
+        all(type(t) in (Tensor, nn.Parameter) for t in (x, *others))
+        and all(t.dtype in LOWERED and t.device == x.device for t in (x, *others))
+        and (torch.is_autocast_enabled(x.device.type) or all(t.dtype == x.dtype for t in others))
+        and not is_exported()
+        and not torch.jit.is_tracing()
+        and not is_transformed()
+    )
+
+
+def on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def is_traced() -> bool:

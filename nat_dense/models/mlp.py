@@ -7,20 +7,18 @@ two bytes the GELU is computed where the product before it is.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from nat_dense.models import gelu  # noqa: F401  (registers the operators)
-from nat_dense.models.linear import linear, parameter_gradients, suits_onednn
+from nat_dense.models.linear import linear, on_gpu, parameter_gradients, suits_gpu_kernels, suits_onednn
 from nat_dense.ops import cpu
-from nat_dense.ops.functional import is_exported, is_transformed
-
-LOWERED = (torch.float32, torch.bfloat16, torch.float16)
-"""What autocast lowers; in float64 the plain formula runs."""
 
 
-def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor | None) -> Tensor:
     """[..., dim] -> [..., out], differentiable any number of times.
 
     In training on a GPU, and on a CPU where oneDNN multiplies, it keeps the map before the GELU and computes the one
@@ -31,30 +29,31 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
         weight1: [hidden_dim, dim].
         bias1: [hidden_dim].
         weight2: [out, hidden_dim].
-        bias2: [out].
+        bias2: [out] or None.
     """
     tensors = (x, weight1, bias1, weight2, bias2)
     if torch.is_grad_enabled():
         if weight1.requires_grad and weight2.requires_grad and _is_taken(*tensors):
             return _Mlp.apply(*_lowered(*tensors))  # here, so that what is kept has autocast's dtype
         return linear(F.gelu(linear(x, weight1, bias1)), weight2, bias2)
-    if _on_gpu(x) and _is_taken(*tensors):
+    if on_gpu(x) and _is_taken(*tensors):
         x, weight1, bias1, weight2, bias2 = _lowered(*tensors)
         return linear(torch.ops.nat_dense.linear_gelu(x, weight1, bias1, False)[0], weight2, bias2)
     return linear(torch.ops.aten.gelu_(linear(x, weight1, bias1)), weight2, bias2)
 
 
-def _lowered(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+def _lowered(x: Tensor, *parameters: Tensor | None) -> Any:
     """What autocast makes of operands of a linear layer."""
     if not torch.is_autocast_enabled(x.device.type):
         return x, *parameters
-    return tuple(t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, *parameters))
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(t if t is None else t.to(dtype) for t in (x, *parameters))
 
 
 class _Mlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
-        if _on_gpu(x):
+    def forward(ctx, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor | None) -> Tensor:
+        if on_gpu(x):
             after, before = torch.ops.nat_dense.linear_gelu(x, weight1, bias1, True)
         else:
             before = linear(x, weight1, bias1)
@@ -71,7 +70,7 @@ class _Mlp(torch.autograd.Function):
             if twice:
                 before = linear(x, weight1, bias1)  # what was kept is a constant to autograd
             grad_after, sums = linear(grad, weight2.t(), None), None
-            if _on_gpu(x) and not twice:
+            if on_gpu(x) and not twice:
                 after, grad_before, sums = torch.ops.nat_dense.gelu_backward(grad_after, before)
             elif twice or torch._C._functorch.is_legacy_batchedtensor(grad_after):
                 after, grad_before = F.gelu(before), torch.ops.aten.gelu_backward(grad_after, before)
@@ -94,20 +93,9 @@ def _gelu_backward_(grad: Tensor, x: Tensor) -> Tensor:
     return F.gelu(x)
 
 
-def _is_taken(x: Tensor, *parameters: Tensor) -> bool:
-    """Plain tensors that the function is for, outside tracing and transforms, which know plain operations alone."""
-    if not _on_gpu(x):
-        return all(suits_onednn(x, parameter) for parameter in parameters)
-    return bool(
-        type(x) is Tensor
-        and all(type(parameter) in (Tensor, nn.Parameter) for parameter in parameters)
-        and all(t.dtype in LOWERED and t.device == x.device for t in (x, *parameters))
-        and (torch.is_autocast_enabled(x.device.type) or all(t.dtype == x.dtype for t in parameters))
-        and not is_exported()
-        and not torch.jit.is_tracing()
-        and not is_transformed()
-    )
-
-
-def _on_gpu(x: Tensor) -> bool:
-    return x.is_cuda
+def _is_taken(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Plain tensors that the function is for."""
+    given = [t for t in parameters if t is not None]
+    if on_gpu(x):
+        return suits_gpu_kernels(x, *given)
+    return all(suits_onednn(x, parameter) for parameter in given)

@@ -146,7 +146,7 @@ def choose_tile(kernel: str, members: Pair, kernel_size: Pair, token_bytes: int,
     return min(tiles, key=lambda tile: tile.cost(members, kernel_size))
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
     """The least of at least n."""
     return 1 << (n - 1).bit_length()
 
@@ -199,7 +199,7 @@ def _launch(
 ) -> Launch:
     """Kept, since a training step has a launch for each layer and the GPU should not wait for this."""
     batch, height, width, heads, dim = shape
-    block_d = max(16, _power_of_two(dim))
+    block_d = max(16, power_of_two(dim))
     token = block_d * itemsize, itemsize
     size, groups = (height, width), tuple(min(n, d) for n, d in zip((height, width), dilation, strict=True))
     members = (_cdiv(height, dilation[0]), _cdiv(width, dilation[1]))
@@ -219,7 +219,7 @@ def _launch(
         "TILE": tile.owned,
         "STRIP": tile.strip,
         "BLOCK": tile.block,
-        "BINS": tuple(max(16, _power_of_two(2 * k - 1)) for k in kernel_size),
+        "BINS": tuple(max(16, power_of_two(2 * k - 1)) for k in kernel_size),
         "DIM": dim,
         "BLOCK_D": block_d,
         "PRECISION": precision,

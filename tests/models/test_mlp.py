@@ -57,14 +57,14 @@ def calls(monkeypatch) -> list:
 
 @pytest.fixture
 def as_on_gpu(monkeypatch) -> None:
-    monkeypatch.setattr(module, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(module, "on_gpu", lambda x: True)
 
 
 @pytest.fixture(params=[pytest.param("cpu", marks=ONEDNN), pytest.param("no kernels", marks=ONEDNN), "gpu"])
 def path(request, monkeypatch) -> str:
     """All ways through the function, on the CPU."""
     if request.param == "gpu":
-        monkeypatch.setattr(module, "_on_gpu", lambda x: True)
+        monkeypatch.setattr(module, "on_gpu", lambda x: True)
     elif request.param == "no kernels":
         monkeypatch.setattr(cpu, "is_available", lambda: False)
     return request.param
@@ -321,7 +321,7 @@ def test_the_layer_takes_the_function(compiled, path, calls, monkeypatch):
         return
     monkeypatch.undo()
     if path == "gpu":
-        monkeypatch.setattr(module, "_on_gpu", lambda x: True)
+        monkeypatch.setattr(module, "on_gpu", lambda x: True)
     found, graphs = graphs_of(layer, [x], False)
     assert_gradients_close(found, expected, leaves, 1e-6)
     assert ("nat_dense.gelu_backward.default" in targets(graphs["backward"])) == (path == "gpu")

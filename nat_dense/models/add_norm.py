@@ -1,0 +1,363 @@
+"""The sum of a residual branch and the norm that follows it, in one pass each way on GPUs.
+
+Between two products of a block the map is read and written, and little is computed: bytes are all that counts. The
+operators `nat_dense::add_norm` and `nat_dense::add_norm_backward` touch each number once. With them come the bias of
+the branch's last layer, layer scale and stochastic depth, and the sums over tokens that are the gradients of all these.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nat_dense.models.linear import on_gpu, suits_gpu_kernels
+from nat_dense.ops import triton_na2d
+from nat_dense.ops.problem import accumulation_dtype
+
+FORWARD: dict = dict(elements=2048, num_warps=4)
+"""Numbers of a program of the forward kernel at a time; its warps."""
+
+BACKWARD: dict = dict(elements=2048, num_warps=4)
+"""As `FORWARD`, of the backward kernel."""
+
+PROGRAMS = 6
+"""Programs of the backward kernel for each of a GPU's multiprocessors: all run at once."""
+
+LARGEST = 2048
+"""Channels that a program holds in registers."""
+
+torch.library.define(
+    "nat_dense::add_norm",
+    "(Tensor x, Tensor branch, Tensor? bias, Tensor? scale, Tensor? factor, Tensor weight, Tensor norm_bias, "
+    "float eps, ScalarType dtype) -> (Tensor total, Tensor normed, Tensor stats)",
+)
+torch.library.define(
+    "nat_dense::add_norm_backward",
+    "(Tensor grad_total, Tensor grad_normed, Tensor total, Tensor stats, Tensor branch, Tensor? bias, Tensor? scale, "
+    "Tensor? factor, Tensor weight) -> (Tensor grad_x, Tensor grad_branch, Tensor sums)",
+)
+
+
+def add_norm(
+    x: Tensor,
+    branch: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    factor: Tensor | None,
+    weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """`total = x + factor * scale * (branch + bias)` and its layer norm.
+
+    Args:
+        x: [B, ..., C].
+        branch: As x; of the last layer of a residual branch without its bias.
+        bias: [C], of that layer, or None.
+        scale: [C] or None: layer scale.
+        factor: [B] or None: stochastic depth.
+        weight, norm_bias: [C], of the norm.
+        eps: Of the norm.
+
+    Returns:
+        total: As x.
+        normed: As x; under autocast in its dtype, as the product that follows takes it.
+    """
+    tensors = (x, branch, bias, scale, factor, weight, norm_bias)
+    if not is_taken(*tensors):
+        return formula(*tensors, eps)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    return torch.ops.nat_dense.add_norm(*tensors, eps, dtype)[:2]
+
+
+def is_taken(
+    x: Tensor, branch: Tensor, bias: Tensor | None, scale: Tensor | None, factor: Tensor | None, *norm: Tensor
+) -> bool:
+    """Plain tensors on a GPU that the operator is for."""
+    parameters = [t for t in (bias, scale, *norm) if t is not None]
+    return bool(
+        takes_kernels(x, branch, *parameters)
+        and (factor is None or type(factor) is Tensor)
+        and torch.promote_types(x.dtype, branch.dtype) == x.dtype
+    )
+
+
+def takes_kernels(x: Tensor, *others: Tensor) -> bool:
+    """On a GPU and plain. Where nothing is trained, inductor's own kernels are as good."""
+    compiled = not torch.is_grad_enabled() and torch.compiler.is_compiling()
+    return on_gpu(x) and not compiled and suits_gpu_kernels(x, *others)
+
+
+def formula(
+    x: Tensor,
+    branch: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    factor: Tensor | None,
+    weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """`add_norm` in torch's operations."""
+    total = _sum(x, branch, bias, scale, factor)
+    return total, F.layer_norm(total, weight.shape, weight, norm_bias, eps)
+
+
+def _sum(x: Tensor, branch: Tensor, bias: Tensor | None, scale: Tensor | None, factor: Tensor | None) -> Tensor:
+    return x + _scaled(branch if bias is None else branch + bias, scale, factor)
+
+
+def _scaled(branch: Tensor, scale: Tensor | None, factor: Tensor | None) -> Tensor:
+    branch = branch if scale is None else branch * scale
+    return branch if factor is None else branch * factor.view(-1, *[1] * (branch.dim() - 1))
+
+
+@torch.library.impl("nat_dense::add_norm", "CompositeExplicitAutograd")
+def _add_norm(
+    x: Tensor,
+    branch: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    factor: Tensor | None,
+    weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the function `add_norm`, with gradients, but no second ones.
+
+    Args:
+        dtype: Of `normed`.
+
+    Returns:
+        total: In the dtype of x, contiguous. Computed in float32, or float64 with x, and rounded once.
+        normed: As `total`, of the rounded sum.
+        stats: [*x.shape[:-1], 2], of the norm: the mean and the reciprocal of the deviation; has no gradient.
+    """
+    channels = x.shape[-1:]
+    vectors = {"bias": bias, "scale": scale, "weight": weight, "norm_bias": norm_bias}
+    fits = x.dim() > 1 and x.shape == branch.shape and (factor is None or factor.shape == x.shape[:1])
+    if not fits or any(t is not None and t.shape != channels for t in vectors.values()):
+        given = {"x": x, "branch": branch, "factor": factor, **vectors}
+        found = ", ".join(f"{name} {tuple(t.shape)}" for name, t in given.items() if t is not None)
+        raise ValueError(f"{found}: expected one shape [B, ..., C], factor [B], all others [C]")
+    operands: list = [x, branch, bias, scale, factor, weight, norm_bias]
+    if _has_kernels(x):
+        operands = [t if t is None else t.contiguous() for t in operands]
+        return launch_forward(*operands, eps, dtype)  # type: ignore[call-arg]
+    wide = accumulation_dtype(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        operands = [t if t is None else t.to(wide) for t in operands]
+        *added, scales, shifts = operands
+        total = _sum(*added).to(x.dtype).contiguous()
+        normed, mean, reciprocal = torch.native_layer_norm(total.to(wide), channels, scales, shifts, eps)
+    return total, normed.to(dtype), torch.cat([mean, reciprocal], -1)
+
+
+@torch.library.impl("nat_dense::add_norm_backward", "CompositeExplicitAutograd")
+def _add_norm_backward(
+    grad_total: Tensor,
+    grad_normed: Tensor,
+    total: Tensor,
+    stats: Tensor,
+    branch: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    factor: Tensor | None,
+    weight: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `add_norm`; the same bits in every run.
+
+    Args:
+        grad_total, grad_normed: Of its results.
+        total, stats: Its results.
+        branch: As it was given; without a scale only its dtype counts, and it may be empty.
+        bias, scale, factor, weight: As they were given.
+
+    Returns:
+        grad_x: As `total`, contiguous.
+        grad_branch: As `grad_x`, in the dtype of `branch`.
+        sums: [2 - 4, C] in float32, or float64 with x: the gradients of the norm's weight and bias, of `bias` where
+            there is one, of `scale` where there is one.
+    """
+    grads = grad_total.contiguous(), grad_normed.contiguous()
+    if _has_kernels(total):
+        return launch_backward(*grads, total, stats, branch, bias, scale, factor, weight)
+    wide = stats.dtype
+    channels = total.shape[-1:]
+    with torch.autocast(total.device.type, enabled=False):
+        through, *of_norm = torch.ops.aten.native_layer_norm_backward(
+            grads[1].to(wide),
+            total.to(wide),
+            channels,
+            *(column.contiguous() for column in stats.split(1, -1)),  # torch reads on as if they were
+            weight.to(wide),
+            torch.zeros_like(weight, dtype=wide),
+            [True] * 3,
+        )
+        grad_x = grads[0].to(wide) + through
+        unscaled = _scaled(grad_x, None, factor)
+        grad_branch = _scaled(unscaled, scale, None)
+        sums = list(of_norm)
+        if bias is not None:
+            sums.append(grad_branch.flatten(0, -2).sum(0))
+        if scale is not None:
+            added = branch.to(wide) if bias is None else branch.to(wide) + bias
+            sums.append((unscaled * added).flatten(0, -2).sum(0))
+    return grad_x.to(total.dtype), grad_branch.to(branch.dtype), torch.stack(sums).to(wide)
+
+
+def _has_kernels(x: Tensor) -> bool:
+    fits = x.dtype in triton_na2d.DTYPES and 0 < x.shape[-1] <= LARGEST and x.numel() > 0
+    return fits and triton_na2d.why_no_kernels(x.device.type) is None
+
+
+@torch.library.register_fake("nat_dense::add_norm")
+def _add_norm_fake(x: Tensor, *_others) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _others[-1]
+    stats = x.new_empty(*x.shape[:-1], 2, dtype=accumulation_dtype(x.dtype))
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype), stats
+
+
+@torch.library.register_fake("nat_dense::add_norm_backward")
+def _add_norm_backward_fake(
+    _grad_total: Tensor,
+    _grad_normed: Tensor,
+    total: Tensor,
+    stats: Tensor,
+    branch: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    *_others,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = total.shape
+    sums = stats.new_empty(_number_of_sums(bias, scale), shape[-1])
+    return total.new_empty(shape), total.new_empty(shape, dtype=branch.dtype), sums
+
+
+def _number_of_sums(bias: Tensor | None, scale: Tensor | None) -> int:
+    return 2 + (bias is not None) + (scale is not None)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _x, branch, bias, scale, factor, weight, norm_bias, _eps, _dtype = inputs
+    total, _normed, stats = output
+    kept = branch.new_empty(0) if scale is None else branch
+    ctx.save_for_backward(total, stats, kept, bias, scale, factor, weight)
+    ctx.dtype_of_norm_bias = norm_bias.dtype
+    ctx.mark_non_differentiable(stats)
+
+
+def _gradients(ctx, grad_total: Tensor, grad_normed: Tensor, _grad_stats) -> tuple[Tensor | None, ...]:
+    *_, bias, scale, _factor, weight = tensors = ctx.saved_tensors
+    grad_x, grad_branch, sums = torch.ops.nat_dense.add_norm_backward(grad_total, grad_normed, *tensors)
+    of_weight, of_norm_bias, *others = sums.unbind()
+    of_bias = None if bias is None else others[0].to(bias.dtype)
+    of_scale = None if scale is None else others[-1].to(scale.dtype)
+    of_norm = of_weight.to(weight.dtype), of_norm_bias.to(ctx.dtype_of_norm_bias)
+    return grad_x, grad_branch, of_bias, of_scale, None, *of_norm, None, None
+
+
+def _refuse_second_derivative(_ctx, *_grads):
+    raise RuntimeError("add_norm has no second derivative; nat_dense.models.add_norm.formula has")
+
+
+torch.library.register_autograd("nat_dense::add_norm", _gradients, setup_context=_setup_context)
+torch.library.register_autograd("nat_dense::add_norm_backward", _refuse_second_derivative)
+
+
+def launch_forward(
+    x: Tensor,
+    branch: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    factor: Tensor | None,
+    weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`add_norm` through Triton, on contiguous tensors that aren't empty."""
+    from nat_dense.models.add_norm_kernels import add_norm_kernel
+
+    channels, tokens = x.shape[-1], x.numel() // x.shape[-1]
+    block, warps = _block(channels, **FORWARD)
+    total, normed = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
+    stats = torch.empty(*x.shape[:-1], 2, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        add_norm_kernel[(-(-tokens // block["BLOCK_ROWS"]),)](
+            x,
+            branch,
+            bias,
+            scale,
+            factor,
+            weight,
+            norm_bias,
+            total,
+            normed,
+            stats,
+            tokens,
+            tokens // len(x),
+            channels,
+            eps,
+            num_warps=warps,
+            enable_fp_fusion=True,  # Triton 3.10 multiplies and adds in two steps unless told
+            **block,
+        )
+    return total, normed, stats
+
+
+def launch_backward(
+    grad_total: Tensor,
+    grad_normed: Tensor,
+    total: Tensor,
+    stats: Tensor,
+    branch: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    factor: Tensor | None,
+    weight: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`add_norm_backward` through Triton, on contiguous tensors that aren't empty."""
+    from nat_dense.models.add_norm_kernels import add_norm_backward_kernel
+
+    channels, tokens = total.shape[-1], total.numel() // total.shape[-1]
+    block, warps = _block(channels, **BACKWARD)
+    processors = torch.cuda.get_device_properties(total.device).multi_processor_count if total.is_cuda else 1
+    blocks = -(-tokens // block["BLOCK_ROWS"])
+    rows = -(-blocks // (PROGRAMS * processors)) * block["BLOCK_ROWS"]
+    kinds = _number_of_sums(bias, scale)
+    grad_x, grad_branch = torch.empty_like(total), torch.empty_like(total, dtype=branch.dtype)
+    sums = torch.empty(-(-tokens // rows), kinds, channels, dtype=torch.float32, device=total.device)
+    with torch.cuda.device_of(total):
+        add_norm_backward_kernel[(len(sums),)](
+            grad_total,
+            grad_normed,
+            total,
+            stats,
+            None if scale is None else branch.contiguous(),
+            bias,
+            scale,
+            factor,
+            weight,
+            grad_x,
+            grad_branch,
+            sums,
+            tokens,
+            rows,
+            tokens // len(total),
+            channels,
+            SUMS=kinds,
+            num_warps=warps,
+            enable_fp_fusion=True,
+            **block,
+        )
+    return grad_x, grad_branch, triton_na2d.add_up(sums)
+
+
+def _block(channels: int, elements: int, num_warps: int) -> tuple[dict, int]:
+    """Tokens that a program takes at a time, all channels of each; its warps."""
+    columns = triton_na2d.power_of_two(channels)
+    return dict(BLOCK_ROWS=max(1, elements // columns), BLOCK_COLUMNS=columns, EVEN=columns == channels), num_warps
