@@ -15,13 +15,14 @@ from nat_dense.models.linear import on_gpu, suits_gpu_kernels
 from nat_dense.ops import triton_na2d
 from nat_dense.ops.problem import accumulation_dtype
 
-FORWARD: dict = dict(elements=2048, num_warps=4)
+FORWARD: dict = dict(elements=1024, num_warps=2)
 """Numbers of a program of the forward kernel at a time; its warps."""
 
-BACKWARD: dict = dict(elements=2048, num_warps=4)
-"""As `FORWARD`, of the backward kernel."""
+BACKWARD: dict = dict(elements=512, num_warps=4)
+"""As `FORWARD`, of the backward kernel. With four numbers a thread it needn't lay out anew what has four bytes beside
+what has two, and takes 48 registers: for each number it keeps three sums."""
 
-PROGRAMS = 6
+PROGRAMS = 8
 """Programs of the backward kernel for each of a GPU's multiprocessors: all run at once."""
 
 LARGEST = 2048
@@ -29,12 +30,12 @@ LARGEST = 2048
 
 torch.library.define(
     "nat_dense::add_norm",
-    "(Tensor x, Tensor branch, Tensor? bias, Tensor? scale, Tensor? factor, Tensor weight, Tensor norm_bias, "
+    "(Tensor x, Tensor? branch, Tensor? bias, Tensor? scale, Tensor? factor, Tensor weight, Tensor norm_bias, "
     "float eps, ScalarType dtype) -> (Tensor total, Tensor normed, Tensor stats)",
 )
 torch.library.define(
     "nat_dense::add_norm_backward",
-    "(Tensor grad_total, Tensor grad_normed, Tensor total, Tensor stats, Tensor branch, Tensor? bias, Tensor? scale, "
+    "(Tensor? grad_total, Tensor grad_normed, Tensor total, Tensor stats, Tensor? branch, Tensor? bias, Tensor? scale, "
     "Tensor? factor, Tensor weight) -> (Tensor grad_x, Tensor grad_branch, Tensor sums)",
 )
 
@@ -67,9 +68,22 @@ def add_norm(
     tensors = (x, branch, bias, scale, factor, weight, norm_bias)
     if not is_taken(*tensors):
         return formula(*tensors, eps)
+    return torch.ops.nat_dense.add_norm(*tensors, eps, _dtype_of_norm(x))[:2]
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The layer norm of [B, ..., C] without a branch, as `add_norm`.
+
+    Behind another norm, inductor makes one kernel of both, which takes twice the time of two.
+    """
+    if not takes_kernels(x, weight, bias):
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    return torch.ops.nat_dense.add_norm(x, *[None] * 4, weight, bias, eps, _dtype_of_norm(x))[1]
+
+
+def _dtype_of_norm(x: Tensor) -> torch.dtype:
     autocast = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    return torch.ops.nat_dense.add_norm(*tensors, eps, dtype)[:2]
+    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
 
 
 def is_taken(
@@ -117,7 +131,7 @@ def _scaled(branch: Tensor, scale: Tensor | None, factor: Tensor | None) -> Tens
 @torch.library.impl("nat_dense::add_norm", "CompositeExplicitAutograd")
 def _add_norm(
     x: Tensor,
-    branch: Tensor,
+    branch: Tensor | None,
     bias: Tensor | None,
     scale: Tensor | None,
     factor: Tensor | None,
@@ -129,20 +143,24 @@ def _add_norm(
     """As the function `add_norm`, with gradients, but no second ones.
 
     Args:
+        branch: None for the norm of x alone; bias, scale and factor are None with it.
         dtype: Of `normed`.
 
     Returns:
-        total: In the dtype of x, contiguous. Computed in float32, or float64 with x, and rounded once.
-        normed: As `total`, of the rounded sum.
+        total: In the dtype of x, contiguous, or empty without a branch. Computed in float32, or float64 with x, and
+            rounded once.
+        normed: Of the rounded sum; as x, contiguous.
         stats: [*x.shape[:-1], 2], of the norm: the mean and the reciprocal of the deviation; has no gradient.
     """
     channels = x.shape[-1:]
-    vectors = {"bias": bias, "scale": scale, "weight": weight, "norm_bias": norm_bias}
-    fits = x.dim() > 1 and x.shape == branch.shape and (factor is None or factor.shape == x.shape[:1])
-    if not fits or any(t is not None and t.shape != channels for t in vectors.values()):
-        given = {"x": x, "branch": branch, "factor": factor, **vectors}
-        found = ", ".join(f"{name} {tuple(t.shape)}" for name, t in given.items() if t is not None)
+    named = dict(x=x, branch=branch, factor=factor, bias=bias, scale=scale, weight=weight, norm_bias=norm_bias)
+    given = {name: t for name, t in named.items() if t is not None}
+    expected = dict(branch=x.shape, factor=x.shape[:1])
+    if x.dim() < 2 or any(t.shape != expected.get(name, channels) for name, t in given.items() if t is not x):
+        found = ", ".join(f"{name} {tuple(t.shape)}" for name, t in given.items())
         raise ValueError(f"{found}: expected one shape [B, ..., C], factor [B], all others [C]")
+    if branch is None and len(given) > 3:
+        raise ValueError(f"{', '.join(given)} without a branch: expected x, weight, norm_bias alone")
     operands: list = [x, branch, bias, scale, factor, weight, norm_bias]
     if _has_kernels(x):
         operands = [t if t is None else t.contiguous() for t in operands]
@@ -151,18 +169,23 @@ def _add_norm(
     with torch.autocast(x.device.type, enabled=False):
         operands = [t if t is None else t.to(wide) for t in operands]
         *added, scales, shifts = operands
-        total = _sum(*added).to(x.dtype).contiguous()
+        total = x if branch is None else _sum(*added).to(x.dtype).contiguous()
         normed, mean, reciprocal = torch.native_layer_norm(total.to(wide), channels, scales, shifts, eps)
-    return total, normed.to(dtype), torch.cat([mean, reciprocal], -1)
+    return _of_branch(total, branch), normed.to(dtype).contiguous(), torch.cat([mean, reciprocal], -1)
+
+
+def _of_branch(result: Tensor, branch: Tensor | None) -> Tensor:
+    """What is empty without a branch."""
+    return result.new_empty(0) if branch is None else result
 
 
 @torch.library.impl("nat_dense::add_norm_backward", "CompositeExplicitAutograd")
 def _add_norm_backward(
-    grad_total: Tensor,
+    grad_total: Tensor | None,
     grad_normed: Tensor,
     total: Tensor,
     stats: Tensor,
-    branch: Tensor,
+    branch: Tensor | None,
     bias: Tensor | None,
     scale: Tensor | None,
     factor: Tensor | None,
@@ -171,42 +194,45 @@ def _add_norm_backward(
     """Gradients of `add_norm`; the same bits in every run.
 
     Args:
-        grad_total, grad_normed: Of its results.
-        total, stats: Its results.
+        grad_total: Of `total`; None without a branch.
+        grad_normed: Of `normed`.
+        total: The sum; x without a branch.
+        stats: As `add_norm` returns them.
         branch: As it was given; without a scale only its dtype counts, and it may be empty.
         bias, scale, factor, weight: As they were given.
 
     Returns:
         grad_x: As `total`, contiguous.
-        grad_branch: As `grad_x`, in the dtype of `branch`.
+        grad_branch: As `grad_x`, in the dtype of `branch`; empty without one.
         sums: [2 - 4, C] in float32, or float64 with x: the gradients of the norm's weight and bias, of `bias` where
             there is one, of `scale` where there is one.
     """
-    grads = grad_total.contiguous(), grad_normed.contiguous()
+    grad_normed, total = grad_normed.contiguous(), total.contiguous()
+    grad_total = None if grad_total is None else grad_total.contiguous()
     if _has_kernels(total):
-        return launch_backward(*grads, total, stats, branch, bias, scale, factor, weight)
+        return launch_backward(grad_total, grad_normed, total, stats, branch, bias, scale, factor, weight)
     wide = stats.dtype
-    channels = total.shape[-1:]
     with torch.autocast(total.device.type, enabled=False):
-        through, *of_norm = torch.ops.aten.native_layer_norm_backward(
-            grads[1].to(wide),
+        grad_x, *sums = torch.ops.aten.native_layer_norm_backward(
+            grad_normed.to(wide),
             total.to(wide),
-            channels,
+            total.shape[-1:],
             *(column.contiguous() for column in stats.split(1, -1)),  # torch reads on as if they were
             weight.to(wide),
             torch.zeros_like(weight, dtype=wide),
             [True] * 3,
         )
-        grad_x = grads[0].to(wide) + through
+        grad_x = grad_x if grad_total is None else grad_x + grad_total
         unscaled = _scaled(grad_x, None, factor)
         grad_branch = _scaled(unscaled, scale, None)
-        sums = list(of_norm)
         if bias is not None:
             sums.append(grad_branch.flatten(0, -2).sum(0))
-        if scale is not None:
+        if branch is not None and scale is not None:
             added = branch.to(wide) if bias is None else branch.to(wide) + bias
             sums.append((unscaled * added).flatten(0, -2).sum(0))
-    return grad_x.to(total.dtype), grad_branch.to(branch.dtype), torch.stack(sums).to(wide)
+        if branch is not None:
+            grad_branch = grad_branch.to(branch.dtype)
+    return grad_x.to(total.dtype), _of_branch(grad_branch, branch), torch.stack(sums).to(wide)
 
 
 def _has_kernels(x: Tensor) -> bool:
@@ -215,26 +241,27 @@ def _has_kernels(x: Tensor) -> bool:
 
 
 @torch.library.register_fake("nat_dense::add_norm")
-def _add_norm_fake(x: Tensor, *_others) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _others[-1]
+def _add_norm_fake(x: Tensor, branch: Tensor | None, *_others) -> tuple[Tensor, Tensor, Tensor]:
+    normed = x.new_empty(x.shape, dtype=_others[-1])
     stats = x.new_empty(*x.shape[:-1], 2, dtype=accumulation_dtype(x.dtype))
-    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype), stats
+    return _of_branch(x.new_empty(x.shape), branch), normed, stats
 
 
 @torch.library.register_fake("nat_dense::add_norm_backward")
 def _add_norm_backward_fake(
-    _grad_total: Tensor,
+    _grad_total: Tensor | None,
     _grad_normed: Tensor,
     total: Tensor,
     stats: Tensor,
-    branch: Tensor,
+    branch: Tensor | None,
     bias: Tensor | None,
     scale: Tensor | None,
     *_others,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = total.shape
+    grad_branch = total.new_empty(shape, dtype=None if branch is None else branch.dtype)
     sums = stats.new_empty(_number_of_sums(bias, scale), shape[-1])
-    return total.new_empty(shape), total.new_empty(shape, dtype=branch.dtype), sums
+    return total.new_empty(shape), _of_branch(grad_branch, branch), sums
 
 
 def _number_of_sums(bias: Tensor | None, scale: Tensor | None) -> int:
@@ -242,22 +269,23 @@ def _number_of_sums(bias: Tensor | None, scale: Tensor | None) -> int:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _x, branch, bias, scale, factor, weight, norm_bias, _eps, _dtype = inputs
+    x, branch, bias, scale, factor, weight, norm_bias, _eps, _dtype = inputs
     total, _normed, stats = output
-    kept = branch.new_empty(0) if scale is None else branch
-    ctx.save_for_backward(total, stats, kept, bias, scale, factor, weight)
+    kept = branch if branch is None or scale is not None else branch.new_empty(0)
+    ctx.save_for_backward(x if branch is None else total, stats, kept, bias, scale, factor, weight)
     ctx.dtype_of_norm_bias = norm_bias.dtype
     ctx.mark_non_differentiable(stats)
 
 
 def _gradients(ctx, grad_total: Tensor, grad_normed: Tensor, _grad_stats) -> tuple[Tensor | None, ...]:
-    *_, bias, scale, _factor, weight = tensors = ctx.saved_tensors
-    grad_x, grad_branch, sums = torch.ops.nat_dense.add_norm_backward(grad_total, grad_normed, *tensors)
+    *_, branch, bias, scale, _factor, weight = tensors = ctx.saved_tensors
+    of_total = None if branch is None else grad_total
+    grad_x, grad_branch, sums = torch.ops.nat_dense.add_norm_backward(of_total, grad_normed, *tensors)
     of_weight, of_norm_bias, *others = sums.unbind()
     of_bias = None if bias is None else others[0].to(bias.dtype)
     of_scale = None if scale is None else others[-1].to(scale.dtype)
     of_norm = of_weight.to(weight.dtype), of_norm_bias.to(ctx.dtype_of_norm_bias)
-    return grad_x, grad_branch, of_bias, of_scale, None, *of_norm, None, None
+    return grad_x, None if branch is None else grad_branch, of_bias, of_scale, None, *of_norm, None, None
 
 
 def _refuse_second_derivative(_ctx, *_grads):
@@ -270,7 +298,7 @@ torch.library.register_autograd("nat_dense::add_norm_backward", _refuse_second_d
 
 def launch_forward(
     x: Tensor,
-    branch: Tensor,
+    branch: Tensor | None,
     bias: Tensor | None,
     scale: Tensor | None,
     factor: Tensor | None,
@@ -282,12 +310,13 @@ def launch_forward(
     """`add_norm` through Triton, on contiguous tensors that aren't empty."""
     from nat_dense.models.add_norm_kernels import add_norm_kernel
 
-    channels, tokens = x.shape[-1], x.numel() // x.shape[-1]
+    channels, per_sample = x.shape[-1], x[0, ..., 0].numel()
     block, warps = _block(channels, **FORWARD)
-    total, normed = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
+    total = None if branch is None else torch.empty_like(x)
+    normed = torch.empty_like(x, dtype=dtype)
     stats = torch.empty(*x.shape[:-1], 2, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        add_norm_kernel[(-(-tokens // block["BLOCK_ROWS"]),)](
+        add_norm_kernel[(len(x) * -(-per_sample // block["BLOCK_ROWS"]),)](
             x,
             branch,
             bias,
@@ -298,23 +327,23 @@ def launch_forward(
             total,
             normed,
             stats,
-            tokens,
-            tokens // len(x),
+            per_sample,
             channels,
+            1 / channels,
             eps,
             num_warps=warps,
             enable_fp_fusion=True,  # Triton 3.10 multiplies and adds in two steps unless told
             **block,
         )
-    return total, normed, stats
+    return x.new_empty(0) if total is None else total, normed, stats
 
 
 def launch_backward(
-    grad_total: Tensor,
+    grad_total: Tensor | None,
     grad_normed: Tensor,
     total: Tensor,
     stats: Tensor,
-    branch: Tensor,
+    branch: Tensor | None,
     bias: Tensor | None,
     scale: Tensor | None,
     factor: Tensor | None,
@@ -323,21 +352,23 @@ def launch_backward(
     """`add_norm_backward` through Triton, on contiguous tensors that aren't empty."""
     from nat_dense.models.add_norm_kernels import add_norm_backward_kernel
 
-    channels, tokens = total.shape[-1], total.numel() // total.shape[-1]
+    channels, per_sample = total.shape[-1], total[0, ..., 0].numel()
     block, warps = _block(channels, **BACKWARD)
     processors = torch.cuda.get_device_properties(total.device).multi_processor_count if total.is_cuda else 1
-    blocks = -(-tokens // block["BLOCK_ROWS"])
-    rows = -(-blocks // (PROGRAMS * processors)) * block["BLOCK_ROWS"]
+    runs = max(1, PROGRAMS * processors // len(total))  # of a sample
+    blocks = -(-per_sample // block["BLOCK_ROWS"])
+    run = -(-blocks // runs) * block["BLOCK_ROWS"]
     kinds = _number_of_sums(bias, scale)
-    grad_x, grad_branch = torch.empty_like(total), torch.empty_like(total, dtype=branch.dtype)
-    sums = torch.empty(-(-tokens // rows), kinds, channels, dtype=torch.float32, device=total.device)
+    grad_x = torch.empty_like(total)
+    grad_branch = None if branch is None else torch.empty_like(total, dtype=branch.dtype)
+    sums = torch.empty(len(total) * -(-per_sample // run), kinds, channels, dtype=torch.float32, device=total.device)
     with torch.cuda.device_of(total):
         add_norm_backward_kernel[(len(sums),)](
             grad_total,
             grad_normed,
             total,
             stats,
-            None if scale is None else branch.contiguous(),
+            None if branch is None or scale is None else branch.contiguous(),
             bias,
             scale,
             factor,
@@ -345,16 +376,16 @@ def launch_backward(
             grad_x,
             grad_branch,
             sums,
-            tokens,
-            rows,
-            tokens // len(total),
+            per_sample,
+            run,
             channels,
+            1 / channels,
             SUMS=kinds,
             num_warps=warps,
             enable_fp_fusion=True,
             **block,
         )
-    return grad_x, grad_branch, triton_na2d.add_up(sums)
+    return grad_x, total.new_empty(0) if grad_branch is None else grad_branch, triton_na2d.add_up(sums)
 
 
 def _block(channels: int, elements: int, num_warps: int) -> tuple[dict, int]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nat_dense.models import variants
-from nat_dense.models.add_norm import add_norm, takes_kernels
+from nat_dense.models.add_norm import add_norm, norm, takes_kernels
 from nat_dense.models.attention import NeighborhoodAttention2D
 from nat_dense.models.layers import DropPath, Mlp, drops, in_runs, is_plain, put_together, rows_in_a_band, rows_seen
 from nat_dense.models.linear import Linear
@@ -60,23 +60,25 @@ class Block(nn.Module):
         )
 
     def joined(
-        self, x: Tensor, normed: Tensor | None = None, norm: nn.LayerNorm | None = None
+        self, x: Tensor, normed: Tensor | None = None, following: nn.LayerNorm | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """The block, with the sum of each branch and the norm after it in one pass over the map.
 
         Args:
             x: [B, H, W, C].
             normed: `norm1` of it, where the block before has computed that.
-            norm: `norm1` of the block that follows, where that is to be computed here.
+            following: `norm1` of the block that follows, where that is to be computed here.
 
         Returns:
             The map after the block, and its norm or None.
         """
-        branch = self.attn(self.norm1(x) if normed is None else normed, add_bias=False)
+        if normed is None:
+            normed = norm(x, self.norm1.weight, self.norm1.bias, self.norm1.eps)
+        branch = self.attn(normed, add_bias=False)
         x, normed = self._add_norm(x, branch, self.attn.proj.bias, self.gamma1, self.norm2)
-        if norm is None:
+        if following is None:
             return self.drop_path(x, self.mlp(normed), self.gamma2), None
-        return self._add_norm(x, self.mlp(normed, add_bias=False), self.mlp.fc2.bias, self.gamma2, norm)
+        return self._add_norm(x, self.mlp(normed, add_bias=False), self.mlp.fc2.bias, self.gamma2, following)
 
     def _add_norm(
         self, x: Tensor, branch: Tensor, bias: Tensor | None, layer_scale: Tensor | None, norm: nn.LayerNorm

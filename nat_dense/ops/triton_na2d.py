@@ -24,7 +24,7 @@ TILES: dict[str, tuple[Pair, Pair]] = {"4x8": ((4, 8), (2, 8)), "8x4": ((8, 4), 
 
 VARIANTS = tuple(TILES)
 
-SUM_BLOCK = 256, 16
+SUM_BLOCK = 512, 8
 LONGEST_RUN, SHORTEST_RUN = 2048, 512
 """Parts that one program adds up: more are shared out among several first."""
 

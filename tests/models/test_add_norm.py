@@ -127,12 +127,38 @@ def test_what_may_be_missing(shape, extras):
     assert_right(shape, (torch.float32, torch.bfloat16), extras)
 
 
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 5, 7, 20), (2, 700, 64), (0, 16), (2, 3, 600)], ids=str)
+def test_a_norm_alone(shape, dtypes, launches):
+    dtype, of_norm = dtypes
+    x, *_, weight, norm_bias = operands(shape, (dtype, dtype))
+    leaves = [t.requires_grad_() for t in (x, weight, norm_bias)]
+    total, normed, _ = torch.ops.nat_dense.add_norm(x, *[None] * 4, weight, norm_bias, 1e-5, of_norm)
+    assert total.shape == (0,)
+    assert normed.dtype == of_norm
+    exact = wide(leaves)
+    exact_normed = F.layer_norm(exact[0], shape[-1:], *exact[1:], 1e-5)
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, of_norm)
+    found = normed, *torch.autograd.grad(normed, leaves, grad)
+    expected = exact_normed, *torch.autograd.grad(exact_normed, exact, grad.double())
+    for name, a, b in zip(("normed", "x", "weight", "norm_bias"), found, expected, strict=True):
+        if b.numel():
+            close(a, b, max(TOLERANCE[a.dtype], 1e-5 * (dtype != torch.float64)), name)
+    assert len(launches) == 2 * (REASON is None and dtype != torch.float64 and x.numel() > 0)
+
+
+def test_a_scale_without_a_branch_is_refused():
+    x, _, _, scale, _, weight, norm_bias = operands((2, 3, 8), (torch.float32,) * 2)
+    with pytest.raises(ValueError, match="x, scale, weight, norm_bias without a branch: expected x, weight, norm_bias"):
+        torch.ops.nat_dense.add_norm(x, None, None, scale, None, weight, norm_bias, 1e-5, torch.float32)
+
+
 @needs_kernel
 def test_a_program_takes_several_blocks():
     """What the case of 1400 tokens is for."""
     if not HAS_GPU:
         assert module.BACKWARD["elements"] // 64 * module.PROGRAMS < 1400
-    assert_right((40_000 if HAS_GPU else 2, 700, 64), (torch.float32, torch.bfloat16))
+    assert_right((8, 40_000 if HAS_GPU else 350, 64), (torch.float32, torch.bfloat16))
 
 
 @needs_kernel
