@@ -12,7 +12,7 @@ JOBS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 # The GPU kernels on a CPU. Triton reads the variable when torch first imports it, so these tests have processes of their own.
-KERNEL_TESTS := tests/ops/test_triton.py tests/models/test_gelu.py
+KERNEL_TESTS := tests/ops/test_triton.py tests/models/test_gelu.py tests/models/test_add_norm.py
 INTERPRETED := TRITON_INTERPRET=1 $(PYTEST) $(KERNEL_TESTS)
 SOURCES := setup.py setup.cfg pyproject.toml $(wildcard nat_dense/ops/csrc/*)
 

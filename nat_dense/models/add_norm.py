@@ -1,4 +1,4 @@
-"""The sum of a residual branch and the norm that follows it, in one pass each way on GPUs.
+"""The sum of a residual branch and the norm that follows it, in one pass each way in compiled training on GPUs.
 
 Between two products of a block the map is read and written, and little is computed: bytes are all that counts. The
 operators `nat_dense::add_norm` and `nat_dense::add_norm_backward` touch each number once. With them come the bias of
@@ -99,9 +99,14 @@ def is_taken(
 
 
 def takes_kernels(x: Tensor, *others: Tensor) -> bool:
-    """On a GPU and plain. Where nothing is trained, inductor's own kernels are as good."""
-    compiled = not torch.is_grad_enabled() and torch.compiler.is_compiling()
-    return on_gpu(x) and not compiled and suits_gpu_kernels(x, *others)
+    """Plain tensors on a GPU in a training step that torch.compile reads.
+
+    Called from Python one by one, the operators take twice as long to launch as the operations that they are made of;
+    where nothing is trained, inductor's own kernels are as good.
+    """
+    return bool(
+        on_gpu(x) and torch.compiler.is_compiling() and torch.is_grad_enabled() and suits_gpu_kernels(x, *others)
+    )
 
 
 def formula(

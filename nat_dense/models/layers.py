@@ -151,10 +151,10 @@ def drops(dropout: nn.Dropout) -> bool:
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module's parameters are all there is to it: no adapter in its place, no parametrization, no hooks of
-    its own or of all modules, no forward put there for it alone, as offloading does."""
+    its own or of all modules, no compiled call of its own, no forward put there for it alone, as offloading does."""
     own = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    is_hooked = any(own) or nn.modules.module._has_any_global_hook()
-    return type(module) is kind and "forward" not in module.__dict__ and not is_hooked
+    is_called = any(own) or nn.modules.module._has_any_global_hook() or module._compiled_call_impl is not None
+    return type(module) is kind and "forward" not in module.__dict__ and not is_called
 
 
 def channels_last(image: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from nat_dense.models import add_norm as module
-from nat_dense.models.add_norm import add_norm, formula
+from nat_dense.models.add_norm import add_norm, formula, norm
 from nat_dense.ops import triton_na2d
 
 HAS_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
@@ -238,31 +238,63 @@ def test_has_no_second_derivative():
         grad.sum().backward()
 
 
+def run_compiled(function, *args) -> tuple[list[str], tuple]:
+    """The operators of the project that torch.compile finds in a function, and its results."""
+    found = []
+
+    def backend(graph, _inputs):
+        found.extend(str(node.target) for node in graph.graph.nodes if "nat_dense" in str(node.target))
+        return graph.forward
+
+    torch.compiler.reset()
+    results = torch.compile(function, backend=backend, fullgraph=True)(*args)
+    return found, results
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(module, "on_gpu", lambda x: True)
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("needs_gradients", [False, True])
-def test_the_function_takes_the_operator_on_a_gpu(dtype, needs_gradients, monkeypatch):
-    """With what autocast makes of the norm; elsewhere, and for dtypes that are not joined, the formula."""
-    operator, taken = torch.ops.nat_dense.add_norm, []
-    monkeypatch.setattr(
-        torch.ops.nat_dense, "add_norm", lambda *args: taken.append(args[-1]) or operator(*args), raising=False
-    )
+def test_the_function_compiles_into_the_operator(dtype, as_on_gpu):
+    """With what autocast makes of the norm."""
     leaves = operands((2, 5, 24), (torch.float32, dtype or torch.float32))
-    with torch.set_grad_enabled(needs_gradients), torch.autocast(DEVICE, dtype, enabled=dtype is not None):
+    with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
         expected = formula(*leaves, 1e-5)
+        found, (total, normed) = run_compiled(lambda *tensors: add_norm(*tensors, 1e-5), *leaves)
+        assert found == ["nat_dense.add_norm"]
+        assert (total.dtype, normed.dtype) == (torch.float32, dtype or torch.float32)
+        for result, exact in zip((total, normed), expected, strict=True):
+            close(result, exact.double(), TOLERANCE[normed.dtype], "result")
+        x, *_, weight, norm_bias = leaves
+        found, normed = run_compiled(lambda *tensors: norm(*tensors, 1e-5), x, weight, norm_bias)
+        assert found == ["nat_dense.add_norm"]
+        assert normed.dtype == (dtype or torch.float32)
+        close(normed, F.layer_norm(x, (24,), weight, norm_bias).double(), TOLERANCE[normed.dtype], "norm")
+
+
+@pytest.mark.parametrize("why", ["not compiled", "no gradients", "on a CPU", "float64", "a branch in more bytes"])
+def test_the_formula_runs_elsewhere(why, as_on_gpu, monkeypatch):
+    leaves = operands((2, 5, 24), (torch.float32,) * 2)
+    if why == "on a CPU":
         monkeypatch.setattr(module, "on_gpu", lambda x: False)
-        for found, exact in zip(add_norm(*leaves, 1e-5), expected, strict=True):
-            assert torch.equal(found, exact)
-        monkeypatch.setattr(module, "on_gpu", lambda x: True)
-        total, normed = add_norm(*leaves, 1e-5)
-        assert taken == [dtype or torch.float32]
-        assert (total.dtype, normed.dtype) == (torch.float32, taken[0])
-        rtol = TOLERANCE[normed.dtype]
-        for found, exact in zip((total, normed), expected, strict=True):
-            close(found, exact.double(), rtol, "result")
-        add_norm(*(t.double() for t in leaves), 1e-5)
-        if dtype is not None:
-            add_norm(leaves[0].to(dtype), leaves[1].float(), *leaves[2:], 1e-5)
-    assert len(taken) == 1
+    elif why == "float64":
+        leaves = tuple(t.double() for t in leaves)
+    elif why == "a branch in more bytes":
+        leaves = leaves[0].bfloat16(), *leaves[1:]
+    autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=why == "a branch in more bytes")
+    with autocast, torch.set_grad_enabled(why != "no gradients"):
+        expected = formula(*leaves, 1e-5)
+        if why == "not compiled":
+            monkeypatch.setattr(torch.ops.nat_dense, "add_norm", None)
+            results = add_norm(*leaves, 1e-5)
+        else:
+            found, results = run_compiled(lambda *tensors: add_norm(*tensors, 1e-5), *leaves)
+            assert not found
+    for result, exact in zip(results, expected, strict=True):
+        assert result.dtype == exact.dtype
+        torch.testing.assert_close(result, exact)
 
 
 @needs_gpu
