@@ -10,7 +10,7 @@ import re
 import pytest
 import torch
 
-from nat_dense.models import gelu
+from nat_dense.models import add_norm, gelu
 from nat_dense.ops import triton_na2d
 from tests.ops.cases import Case
 
@@ -137,6 +137,45 @@ def test_a_layer_takes_16_bytes_at_a_time(keep, capability, kernels):
     rows, columns, _ = gelu.FORWARD["BLOCK"]
     assert stores == ["st.global.v4.b32"] * ((1 + keep) * rows * columns * 2 // (16 * 32 * gelu.FORWARD["num_warps"]))
     assert ("wgmma" in code) == (capability == 90)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("channels", [64, 512])
+def test_a_joined_norm_takes_four_numbers_at_a_time(channels, capability, kernels):
+    """In four bytes and in two, at the widths of published models; what has one number a channel or a token apart."""
+    from triton.runtime import driver
+
+    driver.set_active(Gpu(capability))
+    for size in ((9, 11), (8, 5)):
+        wide, narrow = torch.randn(2, *size, channels), torch.randn(2, *size, channels).bfloat16()
+        vector, factor, stats = torch.randn(channels), torch.ones(2), torch.randn(2, *size, 2)
+        add_norm.launch_forward(wide, narrow, vector, None, factor, vector, vector, 1e-5, torch.bfloat16)
+        add_norm.launch_backward(wide, narrow, wide, stats, narrow, vector, None, factor, vector)
+    forward, again = (kernel for kernel in kernels if kernel.name == "add_norm_kernel")
+    assert forward is again
+    backward, again = (kernel for kernel in kernels if kernel.name == "add_norm_backward_kernel")
+    assert backward is again
+    assert max(forward.metadata.shared, backward.metadata.shared) <= SMALLEST_SHARED
+    loads = re.findall(r"ld\.global\.v\S*", backward.asm["ptx"])
+    assert loads.count("ld.global.v4.b32") >= 2  # the sum and its gradient
+    assert "ld.global.v2.b32" in loads  # the gradient of the norm
+    loads = re.findall(r"ld\.global\.v\S*", forward.asm["ptx"])
+    elements, threads = add_norm.FORWARD["elements"], 32 * add_norm.FORWARD["num_warps"]
+    assert loads.count("ld.global.v4.b32") >= (4 + 2) * elements // (16 * threads)
+
+
+def test_a_joined_norm_of_an_odd_width_compiles(kernels):
+    from triton.runtime import driver
+
+    driver.set_active(Gpu(80))
+    for width in (1, 65, 1500):
+        x, vector, factor = torch.randn(2, 5, width), torch.randn(width), torch.ones(2)
+        stats = torch.randn(2, 5, 2)
+        for branch, extras in ((None, (None,) * 3), (x, (vector, vector, factor)), (x, (None, vector, None))):
+            add_norm.launch_forward(x, branch, *extras, vector, vector, 1e-5, torch.float16)
+            grad = None if branch is None else x
+            add_norm.launch_backward(grad, x, x, stats, branch, *extras, vector)
+    assert all(kernel.asm["cubin"] for kernel in kernels)
 
 
 def test_a_gelu_of_an_odd_width_compiles(kernels):
