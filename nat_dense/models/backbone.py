@@ -49,15 +49,14 @@ class Block(nn.Module):
 
     def is_joined(self, x: Tensor) -> bool:
         """Whether `joined` may run in place of the modules: on a GPU, where they are plain and without dropout."""
+        if not takes_kernels(x):
+            return False
         attn, mlp = self.attn, self.mlp
         kinds: dict = {Block: [self], nn.LayerNorm: [self.norm1, self.norm2], DropPath: [self.drop_path]}
         kinds |= {NeighborhoodAttention2D: [attn], Mlp: [mlp], Linear: [attn.proj, mlp.fc1, mlp.fc2]}
         kinds |= {nn.Dropout: [attn.proj_drop, mlp.drop]}
-        return (
-            takes_kernels(x)
-            and all(is_plain(module, kind) for kind, modules in kinds.items() for module in modules)
-            and not any(map(drops, kinds[nn.Dropout]))
-        )
+        plain = all(is_plain(module, kind) for kind, modules in kinds.items() for module in modules)
+        return plain and not any(map(drops, kinds[nn.Dropout]))
 
     def joined(
         self, x: Tensor, normed: Tensor | None = None, following: nn.LayerNorm | None = None
