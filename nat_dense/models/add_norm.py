@@ -57,13 +57,14 @@ def add_norm(
         branch: As x; of the last layer of a residual branch without its bias.
         bias: [C], of that layer, or None.
         scale: [C] or None: layer scale.
-        factor: [B] or None: stochastic depth.
+        factor: [B] or None: stochastic depth; has no gradient.
         weight, norm_bias: [C], of the norm.
         eps: Of the norm.
 
     Returns:
-        total: As x.
-        normed: As x; under autocast in its dtype, as the product that follows takes it.
+        total: As x and branch.
+        normed: Of the same shape. Under autocast in its dtype, as the product that follows takes it, or in float32, as
+            autocast has norms, where the operator isn't taken.
     """
     tensors = (x, branch, bias, scale, factor, weight, norm_bias)
     if not is_taken(*tensors):
@@ -89,24 +90,24 @@ def _dtype_of_norm(x: Tensor) -> torch.dtype:
 def is_taken(
     x: Tensor, branch: Tensor, bias: Tensor | None, scale: Tensor | None, factor: Tensor | None, *norm: Tensor
 ) -> bool:
-    """Plain tensors on a GPU that the operator is for."""
-    parameters = [t for t in (bias, scale, *norm) if t is not None]
+    """What the operator is for: also a sum that has the dtype of x."""
+    added = [t for t in (branch, scale) if t is not None]
+    parameters = [t for t in (bias, *norm) if t is not None]
     return bool(
-        takes_kernels(x, branch, *parameters)
-        and (factor is None or type(factor) is Tensor)
-        and torch.promote_types(x.dtype, branch.dtype) == x.dtype
+        takes_kernels(x, *added, *parameters)
+        and (factor is None or (type(factor) is Tensor and not factor.requires_grad))
+        and all(torch.promote_types(x.dtype, t.dtype) == x.dtype for t in added)
     )
 
 
 def takes_kernels(x: Tensor, *others: Tensor) -> bool:
-    """Plain tensors on a GPU in a training step that torch.compile reads.
+    """Plain tensors of not too many channels on a GPU, in a training step that torch.compile reads.
 
     Called from Python one by one, the operators take twice as long to launch as the operations that they are made of;
     where nothing is trained, inductor's own kernels are as good.
     """
-    return bool(
-        on_gpu(x) and torch.compiler.is_compiling() and torch.is_grad_enabled() and suits_gpu_kernels(x, *others)
-    )
+    in_training = torch.compiler.is_compiling() and torch.is_grad_enabled()
+    return on_gpu(x) and in_training and x.shape[-1] <= LARGEST and suits_gpu_kernels(x, *others)
 
 
 def formula(
@@ -125,7 +126,7 @@ def formula(
 
 
 def _sum(x: Tensor, branch: Tensor, bias: Tensor | None, scale: Tensor | None, factor: Tensor | None) -> Tensor:
-    return x + _scaled(branch if bias is None else branch + bias, scale, factor)
+    return x + _scaled(branch if bias is None else branch + bias.to(branch.dtype), scale, factor)
 
 
 def _scaled(branch: Tensor, scale: Tensor | None, factor: Tensor | None) -> Tensor:
@@ -145,7 +146,7 @@ def _add_norm(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the function `add_norm`, with gradients, but no second ones.
+    """As the function `add_norm`, with gradients, but no second ones and none of `factor`.
 
     Args:
         branch: None for the norm of x alone; bias, scale and factor are None with it.
@@ -212,10 +213,10 @@ def _add_norm_backward(
         sums: [2 - 4, C] in float32, or float64 with x: the gradients of the norm's weight and bias, of `bias` where
             there is one, of `scale` where there is one.
     """
-    grad_normed, total = grad_normed.contiguous(), total.contiguous()
-    grad_total = None if grad_total is None else grad_total.contiguous()
     if _has_kernels(total):
-        return launch_backward(grad_total, grad_normed, total, stats, branch, bias, scale, factor, weight)
+        operands: list = [grad_total, grad_normed, total, stats, branch, bias, scale, factor, weight]
+        operands = [t if t is None else t.contiguous() for t in operands]
+        return launch_backward(*operands)
     wide = stats.dtype
     with torch.autocast(total.device.type, enabled=False):
         grad_x, *sums = torch.ops.aten.native_layer_norm_backward(
@@ -236,8 +237,8 @@ def _add_norm_backward(
             added = branch.to(wide) if bias is None else branch.to(wide) + bias
             sums.append((unscaled * added).flatten(0, -2).sum(0))
         if branch is not None:
-            grad_branch = grad_branch.to(branch.dtype)
-    return grad_x.to(total.dtype), _of_branch(grad_branch, branch), torch.stack(sums).to(wide)
+            grad_branch = grad_branch.to(branch.dtype, copy=True)  # outputs of an operator may not share memory
+    return grad_x.to(total.dtype).contiguous(), _of_branch(grad_branch, branch).contiguous(), torch.stack(sums).to(wide)
 
 
 def _has_kernels(x: Tensor) -> bool:
@@ -246,8 +247,9 @@ def _has_kernels(x: Tensor) -> bool:
 
 
 @torch.library.register_fake("nat_dense::add_norm")
-def _add_norm_fake(x: Tensor, branch: Tensor | None, *_others) -> tuple[Tensor, Tensor, Tensor]:
-    normed = x.new_empty(x.shape, dtype=_others[-1])
+def _add_norm_fake(x: Tensor, branch: Tensor | None, *others) -> tuple[Tensor, Tensor, Tensor]:
+    *_, dtype = others
+    normed = x.new_empty(x.shape, dtype=dtype)
     stats = x.new_empty(*x.shape[:-1], 2, dtype=accumulation_dtype(x.dtype))
     return _of_branch(x.new_empty(x.shape), branch), normed, stats
 
@@ -373,7 +375,7 @@ def launch_backward(
             grad_normed,
             total,
             stats,
-            None if branch is None or scale is None else branch.contiguous(),
+            None if scale is None else branch,
             bias,
             scale,
             factor,

@@ -72,7 +72,8 @@ class NeighborhoodAttention2D(nn.Module):
     def forward(self, x: Tensor, rows: tuple[int, int] | None = None, add_bias: bool = True) -> Tensor:
         """[B, H, W, dim] -> [B, H, W, dim], or the rows [first, last) of that, without gradients, for `rows`.
 
-        Without the bias of the output projection where not `add_bias`: whoever calls adds it.
+        Without the bias of the output projection where not `add_bias`: whoever calls adds it. That is for a plain
+        projection, whose module is not called.
 
         A map smaller than the dilated window counts as zero-padded on the right and bottom before the projection, as
         in the released models: its padding is attended to and has the projection's biases as key and value.

@@ -51,12 +51,19 @@ class Block(nn.Module):
         """Whether `joined` may run in place of the modules: on a GPU, where they are plain and without dropout."""
         if not takes_kernels(x):
             return False
-        attn, mlp = self.attn, self.mlp
-        kinds: dict = {Block: [self], nn.LayerNorm: [self.norm1, self.norm2], DropPath: [self.drop_path]}
-        kinds |= {NeighborhoodAttention2D: [attn], Mlp: [mlp], Linear: [attn.proj, mlp.fc1, mlp.fc2]}
-        kinds |= {nn.Dropout: [attn.proj_drop, mlp.drop]}
-        plain = all(is_plain(module, kind) for kind, modules in kinds.items() for module in modules)
-        return plain and not any(map(drops, kinds[nn.Dropout]))
+        attn, mlp, norms = self.attn, self.mlp, (self.norm1, self.norm2)
+        if not (is_plain(attn, NeighborhoodAttention2D) and is_plain(mlp, Mlp) and is_plain(self.drop_path, DropPath)):
+            return False
+        kinds: dict = {
+            nn.LayerNorm: norms,
+            Linear: (attn.proj, mlp.fc1, mlp.fc2),
+            nn.Dropout: (attn.proj_drop, mlp.drop),
+        }
+        return (
+            all(is_plain(module, kind) for kind, modules in kinds.items() for module in modules)
+            and all(norm.bias is not None and norm.weight.dim() == 1 for norm in norms)
+            and not any(map(drops, kinds[nn.Dropout]))
+        )
 
     def joined(
         self, x: Tensor, normed: Tensor | None = None, following: nn.LayerNorm | None = None
@@ -119,14 +126,15 @@ class Stage(nn.Module):
         return x, x if self.downsample is None else self.downsample(x)
 
     def _in_turn(self, x: Tensor) -> Tensor:
-        # A block that something was put around or in place of has a type of its own.
-        joined = [block if type(block) is Block and block.is_joined(x) else None for block in self.blocks]
+        joined = [isinstance(block, Block) and is_plain(block, Block) and block.is_joined(x) for block in self.blocks]
+        blocks: Any = self.blocks  # of which those that are joined are Blocks
         normed = None
-        for block, this, following in zip(self.blocks, joined, [*joined[1:], None], strict=True):
-            if this is None:
+        for i, block in enumerate(blocks):
+            if not joined[i]:
                 x = block(x)
             else:
-                x, normed = this.joined(x, normed, None if following is None else following.norm1)
+                following = blocks[i + 1].norm1 if any(joined[i + 1 : i + 2]) else None
+                x, normed = block.joined(x, normed, following)
         return x
 
 

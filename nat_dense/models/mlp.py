@@ -93,9 +93,11 @@ def _gelu_backward_(grad: Tensor, x: Tensor) -> Tensor:
     return F.gelu(x)
 
 
-def _is_taken(x: Tensor, *parameters: Tensor | None) -> bool:
+def _is_taken(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> bool:
     """Plain tensors that the function is for."""
-    given = [t for t in parameters if t is not None]
+    if bias1 is None:
+        return False
+    given = [t for t in (weight1, bias1, weight2, bias2) if t is not None]
     if on_gpu(x):
         return suits_gpu_kernels(x, *given)
     return all(suits_onednn(x, parameter) for parameter in given)

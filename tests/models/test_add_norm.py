@@ -177,13 +177,22 @@ def test_empty_maps_have_gradients_of_zero(shape):
 
 
 def test_views_are_laid_out_anew():
-    x, branch, *others = operands((20, 9, 30), (torch.float32, torch.bfloat16))
-    x, branch = (t.transpose(0, 1)[:, ::2] for t in (x, branch))
-    others[2] = others[2].new_ones(18)[::2]
-    total, normed, _ = torch.ops.nat_dense.add_norm(x, branch, *others, 1e-5, torch.float32)
-    exact = formula(*wide((x, branch, *others)), 1e-5)
-    for found, expected in zip((total, normed), exact, strict=True):
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    """All operands and gradients."""
+    x, branch, *others = operands((20, 9, 60), (torch.float32,) * 2)
+    others = [t if name == "factor" else t[::2] for name, t in zip(NAMES[2:], others, strict=True)]
+    others[2] = (torch.rand(18, device=DEVICE) + 0.5)[::2]
+    leaves = [x.transpose(0, 1)[:, ::2, ::2], branch.transpose(0, 1)[:, ::2, ::2], *others]
+    for name, leaf in zip(NAMES, leaves, strict=True):
+        assert not leaf.is_contiguous(), name
+        leaf.requires_grad_(name != "factor")
+    results = torch.ops.nat_dense.add_norm(*leaves, 1e-5, torch.float32)[:2]
+    exact_leaves = wide(leaves)
+    exact = formula(*exact_leaves, 1e-5)
+    grads = [torch.randn(30, 10, 9, device=DEVICE).permute(2, 1, 0) for _ in results]
+    found = gradients(results, leaves, grads)
+    expected = gradients(exact, exact_leaves, [grad.double() for grad in grads])
+    for a, b in zip((*results, *found.values()), (*exact, *expected.values()), strict=True):
+        close(a, b, 1e-5, "result or gradient")
 
 
 @needs_kernel
@@ -218,6 +227,16 @@ def test_opcheck(dtypes, extras, strided):
     if strided:
         leaves[:2] = (t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in leaves[:2])
     torch.library.opcheck(torch.ops.nat_dense.add_norm.default, (*leaves, 1e-5, dtypes[1]))
+    x, branch, bias, scale, factor, weight, norm_bias = (None if t is None else t.detach() for t in leaves)
+    total, normed, stats = torch.ops.nat_dense.add_norm(*leaves, 1e-5, dtypes[1])
+    results = torch.randn_like(total), torch.randn_like(normed), total.detach(), stats
+    torch.library.opcheck(
+        torch.ops.nat_dense.add_norm_backward.default, (*results, branch, bias, scale, factor, weight)
+    )
+    alone = x, *[None] * 4, weight, norm_bias
+    torch.library.opcheck(torch.ops.nat_dense.add_norm.default, (*alone, 1e-5, dtypes[1]))
+    results = None, results[1], x, torch.ops.nat_dense.add_norm(*alone, 1e-5, dtypes[1])[2]
+    torch.library.opcheck(torch.ops.nat_dense.add_norm_backward.default, (*results, *[None] * 4, weight))
 
 
 @pytest.mark.parametrize(
@@ -274,16 +293,25 @@ def test_the_function_compiles_into_the_operator(dtype, as_on_gpu):
         close(normed, F.layer_norm(x, (24,), weight, norm_bias).double(), TOLERANCE[normed.dtype], "norm")
 
 
-@pytest.mark.parametrize("why", ["not compiled", "no gradients", "on a CPU", "float64", "a branch in more bytes"])
+WHY = ("not compiled", "no gradients", "on a CPU", "float64", "many channels", "a factor with a gradient")
+WIDER = ("a branch in more bytes", "a scale in more bytes")
+
+
+@pytest.mark.parametrize("why", [*WHY, *WIDER])
 def test_the_formula_runs_elsewhere(why, as_on_gpu, monkeypatch):
-    leaves = operands((2, 5, 24), (torch.float32,) * 2)
+    channels = module.LARGEST + 1 if why == "many channels" else 24
+    leaves = operands((2, 5, channels), (torch.float32,) * 2)
     if why == "on a CPU":
         monkeypatch.setattr(module, "on_gpu", lambda x: False)
     elif why == "float64":
         leaves = tuple(t.double() for t in leaves)
     elif why == "a branch in more bytes":
-        leaves = leaves[0].bfloat16(), *leaves[1:]
-    autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=why == "a branch in more bytes")
+        leaves = leaves[0].bfloat16(), *leaves[1:3], None, *leaves[4:]
+    elif why == "a scale in more bytes":
+        leaves = leaves[0].bfloat16(), leaves[1].bfloat16(), *leaves[2:]
+    elif why == "a factor with a gradient":
+        leaves[4].requires_grad_()
+    autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=why in WIDER)
     with autocast, torch.set_grad_enabled(why != "no gradients"):
         expected = formula(*leaves, 1e-5)
         if why == "not compiled":

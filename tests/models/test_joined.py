@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from nat_dense.models import NAT, DiNAT_s, add_norm, mlp
+from nat_dense.models.linear import Linear
 
 DEPTHS = (2, 1, 3)
 JOINED = sum(2 * depth for depth in DEPTHS)
@@ -92,7 +93,7 @@ def test_maps_and_gradients_are_those_of_the_modules(fields, joined, both):
 
 @pytest.mark.parametrize("name", ["", ".norm1", ".norm2", ".attn", ".attn.proj", ".mlp", ".mlp.fc2", ".drop_path"])
 def test_who_watches_a_module_sees_what_it_returns(name, both):
-    """Its block then runs module by module, and the others are joined as before."""
+    """Its block is then joined to no other, or not at all, and the others are as before."""
     seen = []
 
     def watched() -> nn.Module:
@@ -102,19 +103,46 @@ def test_who_watches_a_module_sees_what_it_returns(name, both):
         return backbone
 
     (_, _, found), _ = both(watched)
-    assert found == JOINED - 2
+    assert found == JOINED - 2 * (name != "")  # in its own forward a watched block is joined
     as_joined, alone = seen[: len(seen) // 2], seen[len(seen) // 2 :]
     for a, b in zip(as_joined, alone, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", ["a norm of another kind", "an adapter", "a compiled call", "a wrapper"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "a norm of another kind",
+        "a norm without a bias",
+        "a norm without parameters",
+        "an adapter",
+        "another MLP",
+        "a layer without a bias",
+        "another attention",
+        "a compiled call",
+        "a compiled block",
+        "a wrapper",
+    ],
+)
 def test_blocks_that_were_changed_run_as_they_are(change, both):
     def changed() -> nn.Module:
         backbone = model()
         blocks = backbone.levels[2].blocks
         if change == "a norm of another kind":
             blocks[1].norm2 = nn.RMSNorm(64)
+        elif change == "a norm without a bias":
+            blocks[1].norm1 = nn.LayerNorm(64, bias=False)
+        elif change == "a norm without parameters":
+            blocks[1].norm2 = nn.LayerNorm(64, elementwise_affine=False)
+        elif change == "another MLP":
+            blocks[1].mlp = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+        elif change == "another attention":
+            blocks[1].attn = nn.Linear(64, 64)
+            blocks[1].attn.kernel_size = blocks[1].attn.dilation = 1
+        elif change == "a layer without a bias":
+            blocks[1].mlp.fc1 = Linear(64, 192, bias=False)
+        elif change == "a compiled block":
+            blocks[1].compile(backend="eager")
         elif change == "an adapter":
             blocks[1].attn.proj = nn.Sequential(blocks[1].attn.proj, nn.Tanh())
         elif change == "a compiled call":
@@ -124,6 +152,7 @@ def test_blocks_that_were_changed_run_as_they_are(change, both):
         return backbone
 
     (maps, _, found), (exact, _, _) = both(changed)
-    assert found == JOINED - 2 + (change == "a wrapper") * 2
+    alone = change in ("a wrapper", "a compiled block", "a layer without a bias")
+    assert found == JOINED - 2 + 2 * alone
     for a, b in zip(maps, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
