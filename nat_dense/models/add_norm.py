@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from nat_dense.models.linear import on_gpu, suits_gpu_kernels
 from nat_dense.ops import triton_na2d
 from nat_dense.ops.problem import accumulation_dtype
+from nat_dense.ops.triton_na2d import cdiv
 
 FORWARD: dict = dict(elements=1024, num_warps=2)
 """Numbers of a program of the forward kernel at a time; its warps."""
@@ -317,13 +318,13 @@ def launch_forward(
     """`add_norm` through Triton, on contiguous tensors that aren't empty."""
     from nat_dense.models.add_norm_kernels import add_norm_kernel
 
-    channels, per_sample = x.shape[-1], x[0, ..., 0].numel()
+    channels, per_sample = x.shape[-1], x.shape[1:-1].numel()
     block, warps = _block(channels, **FORWARD)
     total = None if branch is None else torch.empty_like(x)
     normed = torch.empty_like(x, dtype=dtype)
     stats = torch.empty(*x.shape[:-1], 2, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        add_norm_kernel[(len(x) * -(-per_sample // block["BLOCK_ROWS"]),)](
+        add_norm_kernel[(len(x) * cdiv(per_sample, block["BLOCK_ROWS"]),)](
             x,
             branch,
             bias,
@@ -359,16 +360,14 @@ def launch_backward(
     """`add_norm_backward` through Triton, on contiguous tensors that aren't empty."""
     from nat_dense.models.add_norm_kernels import add_norm_backward_kernel
 
-    channels, per_sample = total.shape[-1], total[0, ..., 0].numel()
+    channels, per_sample = total.shape[-1], total.shape[1:-1].numel()
     block, warps = _block(channels, **BACKWARD)
-    processors = torch.cuda.get_device_properties(total.device).multi_processor_count if total.is_cuda else 1
-    runs = max(1, PROGRAMS * processors // len(total))  # of a sample
-    blocks = -(-per_sample // block["BLOCK_ROWS"])
-    run = -(-blocks // runs) * block["BLOCK_ROWS"]
+    runs = max(1, PROGRAMS * triton_na2d.processors(total) // len(total))  # of a sample
+    run = cdiv(cdiv(per_sample, block["BLOCK_ROWS"]), runs) * block["BLOCK_ROWS"]
     kinds = _number_of_sums(bias, scale)
     grad_x = torch.empty_like(total)
     grad_branch = None if branch is None else torch.empty_like(total, dtype=branch.dtype)
-    sums = torch.empty(len(total) * -(-per_sample // run), kinds, channels, dtype=torch.float32, device=total.device)
+    sums = torch.empty(len(total) * cdiv(per_sample, run), kinds, channels, dtype=torch.float32, device=total.device)
     with torch.cuda.device_of(total):
         add_norm_backward_kernel[(len(sums),)](
             grad_total,

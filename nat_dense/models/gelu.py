@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from nat_dense.ops import triton_na2d
 from nat_dense.ops.problem import accumulation_dtype
+from nat_dense.ops.triton_na2d import cdiv
 
 FORWARD_DTYPES = (torch.bfloat16, torch.float16)
 """What the forward kernel multiplies; float32 is left to torch's products."""
@@ -126,7 +127,7 @@ def launch_forward(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple
     gelu = x.new_empty(*x.shape[:-1], channels)
     before = torch.empty_like(gelu) if keep else None
     with torch.cuda.device_of(x):
-        linear_gelu_kernel[(-(-tokens // rows) * -(-channels // columns),)](
+        linear_gelu_kernel[(cdiv(tokens, rows) * cdiv(channels, columns),)](
             x,
             weight,
             bias,
@@ -148,12 +149,11 @@ def launch_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from nat_dense.models.gelu_kernels import gelu_backward_kernel
 
     channels = x.shape[-1]
-    tokens, columns = x.numel() // channels, -(-channels // BLOCK_COLUMNS)
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    blocks = -(-tokens // BLOCK_ROWS)
-    rows = -(-blocks // max(1, PROGRAMS * processors // columns)) * BLOCK_ROWS
+    tokens, columns = x.numel() // channels, cdiv(channels, BLOCK_COLUMNS)
+    runs = max(1, PROGRAMS * triton_na2d.processors(x) // columns)
+    rows = cdiv(cdiv(tokens, BLOCK_ROWS), runs) * BLOCK_ROWS
     gelu, grad_x = torch.empty_like(x), torch.empty_like(x)
-    sums = torch.empty(-(-tokens // rows), channels, dtype=torch.float32, device=x.device)
+    sums = torch.empty(cdiv(tokens, rows), channels, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         gelu_backward_kernel[columns, len(sums)](
             grad,

@@ -113,7 +113,8 @@ def suits_gpu_kernels(x: Tensor, *others: Tensor) -> bool:
     """Plain tensors of one device, in dtypes that autocast lowers or else in one, outside tracing and transforms, which
     know plain operations alone. torch.compile knows operators."""
     return bool(
-        all(type(t) in (Tensor, nn.Parameter) for t in (x, *others))
+        type(x) is Tensor
+        and all(type(t) in (Tensor, nn.Parameter) for t in others)
         and all(t.dtype in LOWERED and t.device == x.device for t in (x, *others))
         and (torch.is_autocast_enabled(x.device.type) or all(t.dtype == x.dtype for t in others))
         and not is_exported()

@@ -134,9 +134,9 @@ class Tile:
 
     def cost(self, members: Pair, kernel_size: Pair) -> int:
         """Of all queries of a dilation group of `members` tokens, in pairs of a query and a key."""
-        tiles = math.prod(_cdiv(*axis) for axis in zip(members, self.owned, strict=True))
+        tiles = math.prod(cdiv(*axis) for axis in zip(members, self.owned, strict=True))
         axes = zip(kernel_size, self.strip, self.block, strict=True)
-        keys = math.prod(_cdiv(k + tokens - 1, block) * block for k, tokens, block in axes)
+        keys = math.prod(cdiv(k + tokens - 1, block) * block for k, tokens, block in axes)
         return tiles * math.prod(self.owned) * keys
 
 
@@ -151,8 +151,13 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _cdiv(a: int, b: int) -> int:
+def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def processors(x: Tensor) -> int:
+    """How many multiprocessors run the kernels on x: in the interpreter one."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
@@ -202,10 +207,10 @@ def _launch(
     block_d = max(16, power_of_two(dim))
     token = block_d * itemsize, itemsize
     size, groups = (height, width), tuple(min(n, d) for n, d in zip((height, width), dilation, strict=True))
-    members = (_cdiv(height, dilation[0]), _cdiv(width, dilation[1]))
+    members = (cdiv(height, dilation[0]), cdiv(width, dilation[1]))
     tile = Tile.of(kernel, variant, *token) if variant else choose_tile(kernel, members, kernel_size, *token)
-    tiles = tuple(_cdiv(n, owned) for n, owned in zip(members, tile.owned, strict=True))
-    fewest = tuple(_cdiv(n // g, owned) for n, g, owned in zip(size, groups, tile.owned, strict=True))
+    tiles = tuple(cdiv(n, owned) for n, owned in zip(members, tile.owned, strict=True))
+    fewest = tuple(cdiv(n // g, owned) for n, g, owned in zip(size, groups, tile.owned, strict=True))
     programs_per_head = batch * math.prod(groups) * math.prod(tiles)
     arguments = {
         "height": height,
@@ -379,12 +384,12 @@ def add_up(parts: Tensor) -> Tensor:
     torch's own sum takes up to four times as long where the first axis is the long one.
     """
     while len(parts) > 1:
-        runs = 1 if len(parts) <= LONGEST_RUN else _cdiv(len(parts), SHORTEST_RUN)
+        runs = 1 if len(parts) <= LONGEST_RUN else cdiv(len(parts), SHORTEST_RUN)
         totals = torch.empty(runs, *parts.shape[1:], dtype=parts.dtype, device=parts.device)
         columns = totals[0].numel()
         with torch.cuda.device_of(parts):
-            _kernels().sum_kernel[runs, _cdiv(columns, SUM_BLOCK[1])](
-                parts, totals, len(parts), columns, _cdiv(len(parts), runs), BLOCK=SUM_BLOCK
+            _kernels().sum_kernel[runs, cdiv(columns, SUM_BLOCK[1])](
+                parts, totals, len(parts), columns, cdiv(len(parts), runs), BLOCK=SUM_BLOCK
             )
         parts = totals
     return parts[0]

@@ -4,21 +4,13 @@ The interpreter has to be chosen before anything imports triton: `TRITON_INTERPR
 does.
 """
 
-import os
-
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from nat_dense.models import gelu as module
-from nat_dense.ops import triton_na2d
-
-HAS_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
-DEVICE = "cuda" if HAS_GPU else "cpu"
-REASON = triton_na2d.why_no_kernels(DEVICE)
-needs_kernel = pytest.mark.skipif(REASON is not None, reason=str(REASON))
-needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="there is no GPU")
+from tests.kernels import DEVICE, HAS_GPU, REASON, count_launches, needs_gpu, needs_kernel
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 """Of a value: a unit in the last place of two bytes, since the interpreter rounds bfloat16 toward zero."""
@@ -65,12 +57,7 @@ def assert_right(grad: torch.Tensor, x: torch.Tensor) -> None:
 
 @pytest.fixture
 def launches(monkeypatch) -> list:
-    """One entry for each launch of a kernel."""
-    calls = []
-    for name in ("launch_forward", "launch_backward"):
-        launch = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args, launch=launch: calls.append(1) or launch(*args))
-    return calls
+    return count_launches(monkeypatch, module)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

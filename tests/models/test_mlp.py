@@ -77,6 +77,19 @@ def test_result_and_gradients_are_those_of_torch(shape, path, calls):
     assert calls == [1]
 
 
+def test_without_the_second_bias(path, calls):
+    """Which whoever calls adds."""
+    *others, bias2 = leaves = operands(90, DIM)
+    assert_gradients_close(mlp(*others, None) + bias2, plain(*leaves), leaves, 1e-6)
+    assert calls == [1]
+
+
+def test_without_the_first_bias_the_formula_runs(path, calls):
+    x, weight1, _, weight2, bias2 = operands(90, DIM)
+    assert torch.equal(mlp(x, weight1, None, weight2, bias2), plain(x, weight1, None, weight2, bias2))
+    assert not calls
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(dtype, as_on_gpu, calls):
     leaves = operands(2, 5, 6, DIM, dtype=dtype)

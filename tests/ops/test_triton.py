@@ -5,7 +5,6 @@ does. It takes about a tenth of a second for a program, so only small cases run 
 """
 
 import importlib.util
-import os
 
 import pytest
 import torch
@@ -13,11 +12,10 @@ import torch
 from nat_dense.ops import backend_report, na2d, triton_na2d
 from nat_dense.ops.problem import Problem
 from nat_dense.ops.triton_na2d import Tile, choose_tile
+from tests.kernels import DEVICE, HAS_GPU
 from tests.ops.cases import CASES, Case
 from tests.ops.test_cpu import assert_close, expected
 
-HAS_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
-DEVICE = "cuda" if HAS_GPU else "cpu"
 REASON = triton_na2d.why_not(Problem((9, 9), (3, 3), (1, 1), 16, torch.float32, DEVICE, True), "")
 needs_kernels = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
