@@ -17,6 +17,7 @@ class Backward {
   Backward(const Call& call, const Item& item, const Partial& partial, Arena& arena)
       : call_(call),
         item_(item),
+        group_(call.rows, item.group),
         partial_(partial),
         window_(call.rows.kernel * call.columns.kernel),
         slots_(call.rows.kernel + V::kRows - 1),
@@ -24,7 +25,8 @@ class Backward {
         query_step_(call.query_stride),
         channels_(round_up(call.dim, V::kLanes)),
         bias_(call, item.head),
-        next_{{call, item, arena, {&call.key, &call.value}}, {call, item, arena, {&call.query, &call.grad_out}}},
+        next_{{call, group_, item, arena, {&call.key, &call.value}},
+              {call, group_, item, arena, {&call.query, &call.grad_out}}},
         keys_(arena, slots_, call.dim * key_step_),
         values_(arena, slots_, call.dim * key_step_),
         key_tokens_(arena, slots_, channels_ * key_step_),
@@ -69,18 +71,16 @@ class Backward {
 
   // The first `begun` keys were those of the last segment as well.
   void run(const Segment& segment, int64_t begun) {
-    const Axis& rows = call_.rows;
-    const int64_t group = item_.group;
     clear(bias_sums_, segment.tile_count * (call_.needs_grad_bias ? bias_rows() * call_.columns.kernel * V::kLanes : 0));
     if (call_.pad_key) clear(pad_sums_, 2 * call_.dim * V::kLanes);
     // Query rows that see a row of this item, or are one.
     int64_t begin = item_.begin, end = item_.end;
-    while (begin > 0 && window_start(rows, group, begin - 1) + rows.kernel > item_.begin) --begin;
-    while (end < real_members(rows, group) && window_start(rows, group, end) < item_.end) ++end;
-    int64_t finished = window_start(rows, group, begin), packed = finished;
+    while (begin > 0 && group_.start(begin - 1) + group_.kernel > item_.begin) --begin;
+    while (end < group_.real && group_.start(end) < item_.end) ++end;
+    int64_t finished = group_.start(begin), packed = finished;
     bool cold = true;
     for (int64_t i = begin; i < end; i += V::kRows) {
-      const RowBlock block(rows, group, i, end, V::kRows);
+      const RowBlock block(group_, i, end, V::kRows);
       for (; finished < block.low; ++finished) flush(segment, finished, begun);
       for (; packed < block.high; ++packed) {
         const auto key = keys<const S>(call_.key, packed, segment, cold);
@@ -114,11 +114,11 @@ class Backward {
 
   template <class Stored>
   Tokens<Stored> keys(const Map& map, int64_t place, const Segment& segment, bool cold) const {
-    return tokens_of<Stored>(call_, item_, map, place, segment.key_column, segment.key_count, cold);
+    return tokens_of<Stored>(call_, group_, item_, map, place, segment.key_column, segment.key_count, cold);
   }
   template <class Stored>
   Tokens<Stored> queries(const Map& map, int64_t place, const Segment& segment, bool cold) const {
-    return tokens_of<Stored>(call_, item_, map, place, segment.query_column, segment.query_count, cold);
+    return tokens_of<Stored>(call_, group_, item_, map, place, segment.query_column, segment.query_count, cold);
   }
 
   struct Rows {
@@ -236,7 +236,7 @@ class Backward {
   }
 
   V load_lse(const RowBlock& block, const Segment& segment, const Tile& tile, int r) {
-    const int64_t token_row = item_.batch * call_.rows.length + token_of(call_.rows, item_.group, block.begin + r);
+    const int64_t token_row = item_.batch * call_.rows.length + group_.token(block.begin + r);
     const T* row = static_cast<const T*>(call_.lse) + token_row * call_.columns.length * call_.heads + item_.head;
     T lanes[V::kLanes];
     for (int i = 0; i < V::kLanes; ++i) {
@@ -276,7 +276,7 @@ class Backward {
     const bool stream = streams<V, T>(call_);
     const int64_t skipped = segment.real_begin * channels_;
     const auto real_keys = [&](const Map& map) {
-      return tokens_of<T>(call_, item_, map, place, segment.key_column + segment.real_begin,
+      return tokens_of<T>(call_, group_, item_, map, place, segment.key_column + segment.real_begin,
                           segment.real_end - segment.real_begin, true);
     };
     begun -= segment.real_begin;
@@ -310,6 +310,7 @@ class Backward {
 
   const Call& call_;
   const Item& item_;
+  const Group group_;
   const Partial& partial_;
   const int64_t window_, slots_, key_step_, query_step_, channels_;
   const Bias<V> bias_;

@@ -14,13 +14,14 @@ class Forward {
   Forward(const Call& call, const Item& item, Arena& arena)
       : call_(call),
         item_(item),
+        group_(call.rows, item.group),
         segment_(call.segments[item.segment]),
         stream_(streams<V, S>(call)),
         window_(call.rows.kernel * call.columns.kernel),
         key_step_(call.key_stride),
         channels_(round_up(call.dim, V::kLanes)),
         bias_(call, item.head),
-        next_{{call, item, arena, {&call.key, &call.value}}, {call, item, arena, {&call.query}}},
+        next_{{call, group_, item, arena, {&call.key, &call.value}}, {call, group_, item, arena, {&call.query}}},
         keys_(arena, forward_slots(call, V::kRows), call.dim * key_step_),
         values_(arena, forward_slots(call, V::kRows), channels_ * key_step_),
         query_(arena.take<T>(V::kRows * call.dim * V::kLanes)),
@@ -41,17 +42,16 @@ class Forward {
 
  private:
   void run() {
-    const Axis& axis = call_.rows;
     next_.start();
-    int64_t packed = window_start(axis, item_.group, item_.begin);
+    int64_t packed = group_.start(item_.begin);
     bool cold = true;
     for (int64_t i = item_.begin; i < item_.end; i += V::kRows) {
-      const RowBlock block(axis, item_.group, i, item_.end, V::kRows);
+      const RowBlock block(group_, i, item_.end, V::kRows);
       for (; packed < block.high; ++packed) KeyRow(*this, packed, cold).pack_tokens(0, segment_.key_count);
       const Rows rows(*this, block, cold);
       // Where rows are packed ahead, those that the next block sees besides: a share with each tile, see README.md.
       const int64_t last = min_of(i + (call_.fetch ? 2 : 1) * V::kRows, item_.end) - 1;
-      const int64_t end = window_start(axis, item_.group, last) + window_limit(axis, item_.group, last);
+      const int64_t end = group_.start(last) + group_.limit(last);
       next_.keys.look(packed, end);
       next_.queries.look(i, item_.end);
       cold = next_.too_many(block.high - block.low, call_.dim);
@@ -108,20 +108,22 @@ class Forward {
     const RowsOf<T> keys, values;
     Tokens<const S> query[V::kRows];
     S* out[V::kRows];
+    T* lse[V::kRows];  // of column 0
 
     Rows(const Forward& pass, const RowBlock& block, bool cold) : keys(block, pass.keys_), values(block, pass.values_) {
       for (int r = 0; r < block.count; ++r) {
         query[r] = pass.queries(pass.call_.query, block.begin + r, cold);
-        out[r] = row_of<S>(pass.call_, pass.item_, pass.call_.out, block.begin + r);
+        out[r] = row_of<S>(pass.group_, pass.item_, pass.call_.out, block.begin + r);
+        lse[r] = pass.lse_of(block.begin + r);
       }
     }
   };
 
   Tokens<const S> keys(const Map& map, int64_t place, bool cold) const {
-    return tokens_of<const S>(call_, item_, map, place, segment_.key_column, segment_.key_count, cold);
+    return tokens_of<const S>(call_, group_, item_, map, place, segment_.key_column, segment_.key_count, cold);
   }
   Tokens<const S> queries(const Map& map, int64_t place, bool cold) const {
-    return tokens_of<const S>(call_, item_, map, place, segment_.query_column, segment_.query_count, cold);
+    return tokens_of<const S>(call_, group_, item_, map, place, segment_.query_column, segment_.query_count, cold);
   }
 
   // The queries of a tile; those from `next_column` on come next.
@@ -131,13 +133,17 @@ class Forward {
     for (int i = 0; i < tile.lanes; ++i) column[i] = segment_.query_column[tile.first + i] * call_.out.column;
     for (int r = 0; r < block.count; ++r) {
       pack<V>(rows.query[r], tile.first, T(call_.scale * kLog2E), query_ + r * dim * lanes, lanes);
-      for (int i = 0; i < tile.lanes && call_.fetch && !stream_; ++i) Tokens<S>::fetch(rows.out[r] + column[i], dim);
+      // Results are asked for ahead too: stores wait for lines that aren't there.
+      for (int i = 0; i < tile.lanes && call_.fetch; ++i) {
+        prefetch(rows.lse[r] + segment_.query_column[tile.first + i] * call_.heads);
+        if (!stream_) Tokens<S>::fetch(rows.out[r] + column[i], dim);
+      }
     }
     const int64_t key_column = segment_.query_column[tile.first];
     score<V>(block, tile, query_, dim * lanes, lanes, rows.keys, key_step_, dim, &bias_, weight_, window_ * lanes,
              lanes, kernel_columns, [&](int64_t i) { return next_.at(i, key_column, next_column); });
     for (int r = 0; r < block.count; ++r) {
-      store_lse(block.begin + r, tile, softmax(block, tile, r));
+      store_lse(rows.lse[r], tile, softmax(block, tile, r));
     }
     const T* pad_value = call_.pad_key ? static_cast<const T*>(call_.pad_value) + item_.head * dim : nullptr;
     const Gather<V> gather(call_, block, tile, weight_, window_ * lanes, lanes, rows.values, channels_);
@@ -190,16 +196,20 @@ class Forward {
     return both(both(a, b), both(c, d));
   }
 
-  void store_lse(int64_t place, const Tile& tile, V lse) {
+  T* lse_of(int64_t place) const {
+    const int64_t row = item_.batch * call_.rows.length + group_.token(place);
+    return static_cast<T*>(call_.lse) + row * call_.columns.length * call_.heads + item_.head;
+  }
+
+  void store_lse(T* out, const Tile& tile, V lse) const {
     T lanes[V::kLanes];
     lse.store(lanes);
-    const int64_t row = item_.batch * call_.rows.length + token_of(call_.rows, item_.group, place);
-    T* out = static_cast<T*>(call_.lse) + row * call_.columns.length * call_.heads + item_.head;
     for (int i = 0; i < tile.lanes; ++i) out[segment_.query_column[tile.first + i] * call_.heads] = lanes[i];
   }
 
   const Call& call_;
   const Item& item_;
+  const Group group_;
   const Segment& segment_;
   const bool stream_;
   const int64_t window_, key_step_, channels_;

@@ -33,16 +33,16 @@ void Plan::describe(Call* call) const {
 
 void Plan::sort_columns(const Axis& columns) {
   const int64_t copies = columns.dilation == 1 && columns.length >= kernel_ ? kernel_ / 2 : 0;
-  for (int64_t group = 0; group < group_count(columns); ++group) {
-    const int64_t members = real_members(columns, group), first = static_cast<int64_t>(keys_.size());
-    for (int64_t place = -copies; place < members + copies; ++place) {
-      const int64_t shift = place < 0 ? kernel_ : place >= members ? -kernel_ : 0;
-      keys_.push_back({token_of(columns, group, place + shift), shift});
+  for (int64_t i = 0; i < group_count(columns); ++i) {
+    const Group group(columns, i);
+    const int64_t first = static_cast<int64_t>(keys_.size());
+    for (int64_t place = -copies; place < group.real + copies; ++place) {
+      const int64_t shift = place < 0 ? kernel_ : place >= group.real ? -kernel_ : 0;
+      keys_.push_back({group.token(place + shift), shift});
     }
-    for (int64_t place = 0; place < members; ++place) {
-      const int64_t start = copies ? place - kernel_ / 2 : window_start(columns, group, place);
-      queries_.push_back({token_of(columns, group, place), first + copies + start, window_limit(columns, group, place),
-                          start - place + kernel_ - 1});
+    for (int64_t place = 0; place < group.real; ++place) {
+      const int64_t start = copies ? place - kernel_ / 2 : group.start(place);
+      queries_.push_back({group.token(place), first + copies + start, group.limit(place), start - place + kernel_ - 1});
     }
   }
   for (const Query& query : queries_) query_column_.push_back(query.column);

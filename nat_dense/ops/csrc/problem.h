@@ -15,8 +15,8 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 }  // namespace
 
-// One axis of the map and the window on it. A group is the tokens with one index modulo the dilation; a place is a
-// token's rank in its group. Axes shorter than kernel * dilation count as completed to that with padded tokens.
+// One axis of the map and the window on it. Axes shorter than kernel * dilation count as completed to that with padded
+// tokens.
 struct Axis {
   int64_t length, kernel, dilation;
 };
@@ -25,20 +25,25 @@ namespace {
 
 inline bool is_padded(const Axis& axis) { return axis.length < axis.kernel * axis.dilation; }
 inline int64_t group_count(const Axis& axis) { return min_of(axis.length, axis.dilation); }
-// Members of a group: real ones, and with the padded ones that follow them.
-inline int64_t real_members(const Axis& axis, int64_t group) { return ceil_div(axis.length - group, axis.dilation); }
-inline int64_t all_members(const Axis& axis, int64_t group) {
-  return ceil_div(max_of(axis.length, axis.kernel * axis.dilation) - group, axis.dilation);
-}
-inline int64_t token_of(const Axis& axis, int64_t group, int64_t place) { return group + place * axis.dilation; }
-// First place of the window of the query at `place`.
-inline int64_t window_start(const Axis& axis, int64_t group, int64_t place) {
-  return min_of(max_of(place - axis.kernel / 2, 0), all_members(axis, group) - axis.kernel);
-}
-// How many window tokens, from the first, are real ones.
-inline int64_t window_limit(const Axis& axis, int64_t group, int64_t place) {
-  return min_of(axis.kernel, real_members(axis, group) - window_start(axis, group, place));
-}
+
+// The tokens of an axis with one index modulo the dilation. A place is a token's rank among them.
+struct Group {
+  int64_t index, kernel, dilation;
+  int64_t real, all;  // members: real ones, and with the padded ones that follow them
+
+  Group(const Axis& axis, int64_t index)
+      : index(index),
+        kernel(axis.kernel),
+        dilation(axis.dilation),
+        real(ceil_div(axis.length - index, axis.dilation)),
+        all(max_of(real, axis.kernel)) {}
+
+  int64_t token(int64_t place) const { return index + place * dilation; }
+  // First place of the window of the query at `place`.
+  int64_t start(int64_t place) const { return min_of(max_of(place - kernel / 2, 0), all - kernel); }
+  // How many window tokens, from the first, are real ones.
+  int64_t limit(int64_t place) const { return min_of(kernel, real - start(place)); }
+};
 
 }  // namespace
 

@@ -42,19 +42,19 @@ struct Ring {
 
 // The first token of one place of an item's row group.
 template <class S>
-S* row_of(const Call& call, const Item& item, const Map& map, int64_t place) {
+S* row_of(const Group& rows, const Item& item, const Map& map, int64_t place) {
   S* head = static_cast<S*>(map.data) + item.batch * map.batch + item.head * map.head;
-  return head + token_of(call.rows, item.group, place) * map.row;
+  return head + rows.token(place) * map.row;
 }
 
 // The tokens of one place of an item's row group, in these columns; `cold`: in memory, for all that is known.
 template <class S>
-Tokens<S> tokens_of(const Call& call, const Item& item, const Map& map, int64_t place, const int64_t* columns,
-                    int64_t count, bool cold) {
-  S* next = place + 1 < real_members(call.rows, item.group) ? row_of<S>(call, item, map, place + 1) : nullptr;
+Tokens<S> tokens_of(const Call& call, const Group& rows, const Item& item, const Map& map, int64_t place,
+                    const int64_t* columns, int64_t count, bool cold) {
+  S* next = place + 1 < rows.real ? row_of<S>(rows, item, map, place + 1) : nullptr;
   const int64_t bytes = call.dim * static_cast<int64_t>(sizeof(S));
   const int64_t ahead = cold && call.fetch ? max_of(4096 / bytes, 1) : 0;  // 4 KiB
-  return {row_of<S>(call, item, map, place), next, map.column, columns, count, call.dim, call.columns.dilation, ahead};
+  return {row_of<S>(rows, item, map, place), next, map.column, columns, count, call.dim, call.columns.dilation, ahead};
 }
 
 // Consecutive query rows of one row group, and the key rows that their windows cover.
@@ -63,11 +63,11 @@ class RowBlock {
   static constexpr int kMostRows = 4;
   static constexpr int kMostPlaces = 13 + kMostRows - 1;  // 13: the largest kernel that the binding lets through
 
-  RowBlock(const Axis& axis, int64_t group, int64_t begin, int64_t end, int most)
-      : begin(begin), count(static_cast<int>(min_of(most, end - begin))), kernel_(axis.kernel) {
-    for (int r = 0; r < count; ++r) {  // here, since each of these divides by the dilation
-      start_[r] = window_start(axis, group, begin + r);
-      limit_[r] = window_limit(axis, group, begin + r);
+  RowBlock(const Group& rows, int64_t begin, int64_t end, int most)
+      : begin(begin), count(static_cast<int>(min_of(most, end - begin))), kernel_(rows.kernel) {
+    for (int r = 0; r < count; ++r) {
+      start_[r] = rows.start(begin + r);
+      limit_[r] = rows.limit(begin + r);
     }
     low = start_[0];
     high = start_[count - 1] + limit_[count - 1];
@@ -112,8 +112,8 @@ struct RowsOf {
 template <class V, class S>
 class NextRows {
  public:
-  NextRows(const Call& call, const Item& item, Arena& arena, std::initializer_list<const Map*> maps)
-      : call_(call), item_(item) {
+  NextRows(const Call& call, const Group& rows, const Item& item, Arena& arena, std::initializer_list<const Map*> maps)
+      : call_(call), group_(rows), item_(item) {
     for (const Map* map : maps) sources_[count_++] = {map, arena.take<int64_t>(call.dim)};
   }
 
@@ -136,11 +136,11 @@ class NextRows {
   // The places [begin, end) are looked for: V::kRows at most, and none past the last.
   void look(int64_t begin, int64_t end) {
     rows_ = 0;
-    end = min_of(min_of(end, begin + V::kRows), real_members(call_.rows, item_.group));
+    end = min_of(min_of(end, begin + V::kRows), group_.real);
     for (int i = 0; call_.fetch && i < count_; ++i) {
       const Source& source = sources_[i];
       for (int64_t place = begin; place < end; ++place) {
-        const auto row = reinterpret_cast<uintptr_t>(row_of<const S>(call_, item_, *source.map, place));
+        const auto row = reinterpret_cast<uintptr_t>(row_of<const S>(group_, item_, *source.map, place));
         row_[rows_++] = {row, source.map->column * static_cast<int64_t>(sizeof(S)), source.offset};
       }
     }
@@ -168,6 +168,7 @@ class NextRows {
   };
 
   const Call& call_;
+  const Group& group_;
   const Item& item_;
   Source sources_[2];
   int count_ = 0;
