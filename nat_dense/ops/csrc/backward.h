@@ -136,6 +136,10 @@ class Backward {
       pack_tile(query_tokens_.at(r) + first, tile, T(call_.scale * kLog2E), query_ + r * dim * V::kLanes);
       pack_tile(grad_out_tokens_.at(r) + first, tile, T(1), grad_out_ + r * dim * V::kLanes);
     }
+    for (int r = 0; r < block.count && call_.fetch; ++r) {
+      const T* lse = lse_of(block.begin + r);
+      for (int i = 0; i < tile.lanes; ++i) prefetch(lse + segment.query_column[tile.first + i] * call_.heads);
+    }
     const int64_t column = segment.query_column[tile.first];
     score<V>(block, tile, query_, dim * V::kLanes, V::kLanes, rows.keys, key_step_, dim, &bias_, weight, weight_.row,
              query_step_, kernel_columns, [&](int64_t i) { return next_.at(i, column, column); });
@@ -235,9 +239,12 @@ class Backward {
     }
   }
 
+  const T* lse_of(int64_t place) const {
+    const int64_t row = item_.batch * call_.rows.length + group_.token(place);
+    return static_cast<const T*>(call_.lse) + row * call_.columns.length * call_.heads + item_.head;
+  }
   V load_lse(const RowBlock& block, const Segment& segment, const Tile& tile, int r) {
-    const int64_t token_row = item_.batch * call_.rows.length + group_.token(block.begin + r);
-    const T* row = static_cast<const T*>(call_.lse) + token_row * call_.columns.length * call_.heads + item_.head;
+    const T* row = lse_of(block.begin + r);
     T lanes[V::kLanes];
     for (int i = 0; i < V::kLanes; ++i) {
       lanes[i] = row[segment.query_column[tile.first + min_of(i, tile.lanes - 1)] * call_.heads] * T(kLog2E);
