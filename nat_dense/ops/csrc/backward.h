@@ -137,7 +137,7 @@ class Backward {
       pack_tile(grad_out_tokens_.at(r) + first, tile, T(1), grad_out_ + r * dim * V::kLanes);
     }
     for (int r = 0; r < block.count && call_.fetch; ++r) {
-      const T* lse = lse_of(block.begin + r);
+      const T* lse = lse_of<const T>(call_, group_, item_, block.begin + r);
       for (int i = 0; i < tile.lanes; ++i) prefetch(lse + segment.query_column[tile.first + i] * call_.heads);
     }
     const int64_t column = segment.query_column[tile.first];
@@ -239,12 +239,8 @@ class Backward {
     }
   }
 
-  const T* lse_of(int64_t place) const {
-    const int64_t row = item_.batch * call_.rows.length + group_.token(place);
-    return static_cast<const T*>(call_.lse) + row * call_.columns.length * call_.heads + item_.head;
-  }
   V load_lse(const RowBlock& block, const Segment& segment, const Tile& tile, int r) {
-    const T* row = lse_of(block.begin + r);
+    const T* row = lse_of<const T>(call_, group_, item_, block.begin + r);
     T lanes[V::kLanes];
     for (int i = 0; i < V::kLanes; ++i) {
       lanes[i] = row[segment.query_column[tile.first + min_of(i, tile.lanes - 1)] * call_.heads] * T(kLog2E);

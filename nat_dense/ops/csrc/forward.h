@@ -114,7 +114,7 @@ class Forward {
       for (int r = 0; r < block.count; ++r) {
         query[r] = pass.queries(pass.call_.query, block.begin + r, cold);
         out[r] = row_of<S>(pass.group_, pass.item_, pass.call_.out, block.begin + r);
-        lse[r] = pass.lse_of(block.begin + r);
+        lse[r] = lse_of<T>(pass.call_, pass.group_, pass.item_, block.begin + r);
       }
     }
   };
@@ -194,11 +194,6 @@ class Forward {
     }
     for (; i < window_; ++i) a = both(a, value(i));
     return both(both(a, b), both(c, d));
-  }
-
-  T* lse_of(int64_t place) const {
-    const int64_t row = item_.batch * call_.rows.length + group_.token(place);
-    return static_cast<T*>(call_.lse) + row * call_.columns.length * call_.heads + item_.head;
   }
 
   void store_lse(T* out, const Tile& tile, V lse) const {

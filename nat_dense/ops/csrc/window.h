@@ -47,6 +47,13 @@ S* row_of(const Group& rows, const Item& item, const Map& map, int64_t place) {
   return head + rows.token(place) * map.row;
 }
 
+// The log-sum-exp of the first token of one place; those of other columns are call.heads further each.
+template <class T>
+T* lse_of(const Call& call, const Group& rows, const Item& item, int64_t place) {
+  const int64_t row = item.batch * call.rows.length + rows.token(place);
+  return static_cast<T*>(call.lse) + row * call.columns.length * call.heads + item.head;
+}
+
 // The tokens of one place of an item's row group, in these columns; `cold`: in memory, for all that is known.
 template <class S>
 Tokens<S> tokens_of(const Call& call, const Group& rows, const Item& item, const Map& map, int64_t place,
