@@ -179,7 +179,10 @@ def compare(stage: Stage, rounds: int, rates: tuple[float, float], deadline: flo
         try:
             attend = build()
             forwards[name], steps[name] = (stage.runs(attend, backward) for backward in (False, True))
-            rows[name] = {"attention": name, "peak MiB": peak_memory(steps[name][0]) / 2**20, "error": ""}
+            peaks = (peak_memory(runs[name][0]) / 2**20 for runs in (forwards, steps))
+            rows[name] = (
+                {"attention": name} | dict(zip(("forward peak MiB", "peak MiB"), peaks, strict=True)) | {"error": ""}
+            )
             forwards[name][0]()  # a contestant that can't is dropped here
             if name in (OURS, "flex_attention, compiled"):
                 rows[name]["error"] = check(stage, attend)

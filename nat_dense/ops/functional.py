@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from nat_dense.ops import backends, reference
-from nat_dense.ops.problem import Pair, Problem, accumulation_dtype, completed_size
+from nat_dense.ops.problem import Pair, Problem, accumulation_dtype, autocast_dtype, completed_size
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -68,8 +68,16 @@ def na2d(
                 f"backend={backend!r} can't run under torch.func transforms or forward-mode gradients, only the "
                 "reference can. Use backend='auto' to let it"
             )
+        dtype = autocast_dtype(query.device)
+        if dtype is not None:
+            tokens, extras = _lowered(tensors[:3], tensors[3:], dtype)
+            tensors = (*tokens, *extras)
         return reference.forward(*tensors, kernel_size, dilation, scale)[0]
-    out, _ = torch.ops.nat_dense.na2d(*tensors, list(kernel_size), list(dilation), scale, backend)
+    # Found out here: where the operator runs, in a compiled forward pass, nothing says so. A trace serves both.
+    needs_grad = torch.jit.is_tracing() or (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    )
+    out, _ = torch.ops.nat_dense.na2d(*tensors, list(kernel_size), list(dilation), scale, backend, needs_grad)
     return out
 
 
@@ -108,7 +116,7 @@ def na2d_qkv(
     query, key, value = qkv.detach().unbind(3)  # to look at alone
     extras = (rpb, pad_key, pad_value)
     kernel_size, dilation, scale = _checked(query, key, value, *extras, kernel_size, dilation, scale, backend)
-    out, _ = torch.ops.nat_dense.na2d_qkv(qkv, *extras, list(kernel_size), list(dilation), scale, backend)
+    out, _ = torch.ops.nat_dense.na2d_qkv(qkv, *extras, list(kernel_size), list(dilation), scale, backend, needs_grad)
     return out
 
 
@@ -254,11 +262,12 @@ def _check_extras(
 
 _EXTRAS = "Tensor? rpb, Tensor? pad_key, Tensor? pad_value"
 _SETTINGS = "int[2] kernel_size, int[2] dilation, float scale, str backend"
+_FORWARD_SETTINGS = f"{_SETTINGS}, bool needs_grad"
 _OUTPUTS = "(Tensor out, Tensor lse)"
 torch.library.define(
-    "nat_dense::na2d", f"(Tensor query, Tensor key, Tensor value, {_EXTRAS}, {_SETTINGS}) -> {_OUTPUTS}"
+    "nat_dense::na2d", f"(Tensor query, Tensor key, Tensor value, {_EXTRAS}, {_FORWARD_SETTINGS}) -> {_OUTPUTS}"
 )
-torch.library.define("nat_dense::na2d_qkv", f"(Tensor qkv, {_EXTRAS}, {_SETTINGS}) -> {_OUTPUTS}")
+torch.library.define("nat_dense::na2d_qkv", f"(Tensor qkv, {_EXTRAS}, {_FORWARD_SETTINGS}) -> {_OUTPUTS}")
 torch.library.define(
     "nat_dense::na2d_backward",
     f"(Tensor grad_out, Tensor query, Tensor key, Tensor value, {_EXTRAS}, Tensor out, Tensor lse, {_SETTINGS}) "
@@ -277,7 +286,8 @@ def _run(pass_name, tensors, rpb, kernel_size, dilation, scale, backend, needs_g
     kernel_size, dilation = tuple(kernel_size), tuple(dilation)
     query = tensors[0] if pass_name == "forward" else tensors[1]
     problem = Problem.of(query, rpb, kernel_size, dilation, needs_grad)
-    row, variant = backends.select(problem, backend)
+    with torch.cuda.device_of(query):  # back ends ask what the current GPU can run
+        row, variant = backends.select(problem, backend)
     keywords = {"variant": variant} if row.variants else {}
     if rows is not None and row.takes_rows:
         keywords["rows"] = rows
@@ -296,16 +306,13 @@ def _empty_outputs(query):
 
 
 @torch.library.impl("nat_dense::na2d", "CompositeExplicitAutograd")
-def _na2d(query, key, value, rpb, pad_key, pad_value, kernel_size, dilation, scale, backend):
-    tensors = (query, key, value, rpb, pad_key, pad_value)
-    needs_grad = any(t is not None and t.requires_grad for t in tensors)
-    return _forward(tensors, kernel_size, dilation, scale, backend, needs_grad)
+def _na2d(query, key, value, rpb, pad_key, pad_value, *settings):
+    return _forward((query, key, value, rpb, pad_key, pad_value), *settings)
 
 
 @torch.library.impl("nat_dense::na2d_qkv", "CompositeExplicitAutograd")
-def _na2d_qkv(qkv, rpb, pad_key, pad_value, kernel_size, dilation, scale, backend):
-    tensors = (*qkv.unbind(3), rpb, pad_key, pad_value)
-    return _forward(tensors, kernel_size, dilation, scale, backend, needs_grad=True)  # else `na2d` runs
+def _na2d_qkv(qkv, rpb, pad_key, pad_value, *settings):
+    return _forward((*qkv.unbind(3), rpb, pad_key, pad_value), *settings)
 
 
 @torch.library.register_fake("nat_dense::na2d")
@@ -349,7 +356,7 @@ def _empty_gradients(query, *extras):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.kernel_size, ctx.dilation, ctx.scale, ctx.backend = inputs
+    *tensors, ctx.kernel_size, ctx.dilation, ctx.scale, ctx.backend, _needs_grad = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 
@@ -364,7 +371,7 @@ def _gradients(ctx, grad_out, _grad_lse):
     )
     grad_tokens = (grad_qkv,) if is_packed else grad_qkv.unbind(3)
     wanted = (gradient if t is not None else None for gradient, t in zip(grad_extras, extras, strict=True))
-    return *grad_tokens, *wanted, None, None, None, None
+    return *grad_tokens, *wanted, None, None, None, None, None
 
 
 def _refuse_second_derivative(_ctx, *_grads):
@@ -375,20 +382,22 @@ torch.library.register_autograd("nat_dense::na2d_backward", _refuse_second_deriv
 
 
 def _autocast(operator, device_type: str):
-    """The tokens go to autocast's dtype together; the small tensors keep float32, which kernels accept."""
+    """Calls an operator as autocast wants it."""
 
     def cast(*arguments):
-        *tokens, rpb, pad_key, pad_value, kernel_size, dilation, scale, backend = arguments
-        dtype = torch.get_autocast_dtype(device_type)
+        *tokens, rpb, pad_key, pad_value, kernel_size, dilation, scale, backend, needs_grad = arguments
+        tokens, extras = _lowered(tokens, (rpb, pad_key, pad_value), torch.get_autocast_dtype(device_type))
         with torch.amp.autocast(device_type, enabled=False):
-            lowered = [t if t.dtype is torch.float64 else t.to(dtype) for t in tokens]
-            extras = [
-                t if t is None or t.dtype in (dtype, torch.float32) else t.to(torch.float32)
-                for t in (rpb, pad_key, pad_value)
-            ]
-            return operator(*lowered, *extras, kernel_size, dilation, scale, backend)
+            return operator(*tokens, *extras, kernel_size, dilation, scale, backend, needs_grad)
 
     return cast
+
+
+def _lowered(tokens, extras, dtype: torch.dtype) -> tuple[list, list]:
+    """The tokens in autocast's dtype, unless they are float64; the small tensors keep float32, which kernels accept."""
+    lowered = [t if t.dtype is torch.float64 else t.to(dtype) for t in tokens]
+    kept = (lowered[0].dtype, torch.float32)
+    return lowered, [t if t is None or t.dtype in kept else t.to(torch.float32) for t in extras]
 
 
 def _outside_autocast(operator, device_type: str):

@@ -38,7 +38,10 @@ def why_not(problem: Problem, variant: str) -> str | None:
         return reason
     if not variant and not _load().HAS_LIBNATTEN:
         return "the installed NATTEN was built without its CUDA kernels (HAS_LIBNATTEN is False)"
-    names = _names(problem.dtype, problem.head_dim, problem.device)
+    if problem.device == "cuda" and not torch.cuda.is_available():
+        return "torch sees no GPU (torch.cuda.is_available() is False)"
+    device = torch.device(problem.device, torch.cuda.current_device() if problem.device == "cuda" else 0)
+    names = _names(problem.dtype, problem.head_dim, device)
     if not (_FLEX in names if variant else set(names) - {_FLEX}):
         what = "flex path takes no" if variant else "fused kernels on this GPU take no"
         return f"NATTEN's {what} {problem.dtype} with head_dim {problem.head_dim}"
@@ -73,8 +76,8 @@ def _load() -> ModuleType:
 
 
 @functools.cache
-def _names(dtype: torch.dtype, head_dim: int, device: str) -> tuple[str, ...]:
-    """NATTEN's names of what runs such tensors here, by its own checks."""
+def _names(dtype: torch.dtype, head_dim: int, device: torch.device) -> tuple[str, ...]:
+    """NATTEN's names of what runs such tensors there, by its own checks."""
     from natten.backends import get_compatible_backends
 
     sample = torch.empty(1, 1, 1, 1, head_dim, dtype=dtype, device=device)
@@ -107,4 +110,4 @@ def forward(
         backend=_FLEX if variant else None,
         return_lse=True,
     )
-    return out, lse
+    return out, lse.contiguous()

@@ -64,6 +64,13 @@ def completed_size(size: Pair, kernel_size: Pair, dilation: Pair) -> Pair:
     return max(size[0], kernel_size[0] * dilation[0]), max(size[1], kernel_size[1] * dilation[1])
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes in on such a device, or None where it is off."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Softmax and sums run in this type: at least float32."""
     return torch.float64 if dtype is torch.float64 else torch.float32

@@ -8,13 +8,15 @@ NATTEN 0.17's kernels: a window shifts to stay inside its dilated group, it neve
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nat_dense.ops.problem import Pair, accumulation_dtype, completed_size
+from nat_dense.ops.problem import Pair, accumulation_dtype, autocast_dtype, completed_size
 
 CHUNK_BYTES = 32 << 20
 """Rows are taken together while one gathered tensor stays under this many bytes (one row is the least).
@@ -48,6 +50,23 @@ def window_indices(
     return group[:, None] + dilation * window, window - place[:, None] + kernel - 1
 
 
+Function = TypeVar("Function", bound=Callable)
+
+
+def _in_dtypes_of_its_own(function: Function) -> Function:
+    """Autocast would take the sums, which are in float32, for products to be made in two bytes."""
+
+    @functools.wraps(function)
+    def call(tensor, *arguments, **keywords):
+        if autocast_dtype(tensor.device) is None:
+            return function(tensor, *arguments, **keywords)
+        with torch.amp.autocast(tensor.device.type, enabled=False):
+            return function(tensor, *arguments, **keywords)
+
+    return call  # type: ignore[return-value]
+
+
+@_in_dtypes_of_its_own
 def forward(
     query: Tensor,
     key: Tensor,
@@ -85,6 +104,7 @@ def forward(
     return torch.cat(outs, dim=1), torch.cat(lses, dim=1)
 
 
+@_in_dtypes_of_its_own
 def attention_weights(
     query: Tensor, key: Tensor, rpb: Tensor | None, kernel_size: Pair, dilation: Pair, scale: float
 ) -> Tensor:
@@ -99,6 +119,7 @@ def attention_weights(
     return torch.cat(logits, dim=1).flatten(-2).softmax(dim=-1).unflatten(-1, kernel_size)
 
 
+@_in_dtypes_of_its_own
 def apply_weights(weights: Tensor, value: Tensor, kernel_size: Pair, dilation: Pair) -> Tensor:
     """The values [B, H, W, N, D] summed with the weights that `attention_weights` returned, in the values' dtype."""
     outs = [

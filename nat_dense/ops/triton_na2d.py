@@ -59,9 +59,9 @@ def _kernels() -> ModuleType:
 @functools.cache
 def interpreted() -> bool:
     """Whether the kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1 when triton was imported)."""
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction  # the interpreter itself needs numpy, which compiled kernels don't
 
-    return isinstance(_kernels().forward_kernel, InterpretedFunction)
+    return not isinstance(_kernels().forward_kernel, JITFunction)
 
 
 def why_not(problem: Problem, variant: str) -> str | None:
@@ -83,6 +83,8 @@ def why_no_kernels(device: str) -> str | None:
         return None
     if device != "cuda":
         return f"the tensors are on {device}, not on a GPU (TRITON_INTERPRET=1 runs the kernels there, slowly)"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU (torch.cuda.is_available() is False)"
     if torch.version.hip is not None:
         return "the kernels have not been tried on AMD's GPUs"
     capability = torch.cuda.get_device_capability()
@@ -388,8 +390,8 @@ def add_up(parts: Tensor) -> Tensor:
         totals = torch.empty(runs, *parts.shape[1:], dtype=parts.dtype, device=parts.device)
         columns = totals[0].numel()
         with torch.cuda.device_of(parts):
-            _kernels().sum_kernel[runs, cdiv(columns, SUM_BLOCK[1])](
-                parts, totals, len(parts), columns, cdiv(len(parts), runs), BLOCK=SUM_BLOCK
+            _kernels().sum_kernel[(runs * cdiv(columns, SUM_BLOCK[1]),)](
+                parts, totals, len(parts), columns, cdiv(len(parts), runs), runs, BLOCK=SUM_BLOCK
             )
         parts = totals
     return parts[0]

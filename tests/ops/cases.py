@@ -1,13 +1,17 @@
-"""The cases that every back end is tested on: one table."""
+"""The cases that every back end is tested on, one table, and what their results are compared with."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nat_dense.ops import na2d
 from nat_dense.ops.problem import completed_size
+
+NAMES = ("query", "key", "value", "rpb", "pad_key", "pad_value")
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,38 @@ CASES = (
     Case("pad given but not needed", (9, 10), padded=True, dim=8),
     Case("many columns", (8, 70), dim=16, heads=1),
 )
+
+
+@functools.cache
+def expected(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+    """Output and gradients of the reference in float64, on inputs rounded to `dtype`."""
+    return run(case, torch.float64, "reference", rounded=dtype)
+
+
+def run(
+    case: Case, dtype: torch.dtype, backend: str, rounded: torch.dtype | None = None, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    tensors = {n: None if t is None else t.detach() for n, t in case.tensors(rounded or dtype, seed).items()}
+    tensors = {n: None if t is None else t.to(dtype).requires_grad_(n in NAMES) for n, t in tensors.items()}
+    grad_out = tensors.pop("grad_out")
+    leaves = {name: t for name, t in tensors.items() if t is not None}
+    out = na2d(kernel_size=case.kernel_size, dilation=case.dilation, backend=backend, **tensors)
+    return {"out": out.detach()} | dict(zip(leaves, torch.autograd.grad(out, leaves.values(), grad_out), strict=True))
+
+
+def errors(found: dict, wanted: dict) -> dict[str, float]:
+    """Largest differences relative to the value plus the standard deviation (of few values: the largest)."""
+    assert found.keys() == wanted.keys()
+    largest = {}
+    for name, exact in wanted.items():
+        size = max(exact.std().item() if exact.numel() > 8 else exact.abs().max().item(), 1e-2)
+        largest[name] = ((found[name].double() - exact).abs() / (size + exact.abs())).max().item()
+    return largest
+
+
+def assert_close(found: dict, wanted: dict, tolerance: float) -> None:
+    for name, error in errors(found, wanted).items():
+        assert error < tolerance, f"{name}: {error:.1e} (allowed {tolerance:.0e})"  # a NaN is not below either
 
 
 class OperatorsSeen(TorchDispatchMode):

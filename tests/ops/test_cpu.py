@@ -14,12 +14,11 @@ from nat_dense.ops import backend_report, cpu, na2d
 from nat_dense.ops.functional import na2d_rows
 from nat_dense.ops.problem import Problem
 from tests import golden
-from tests.ops.cases import CASES, Case
+from tests.ops.cases import CASES, Case, assert_close, expected, run
 
 REASON = cpu.why_not(Problem((9, 9), (3, 3), (1, 1), 8, torch.float32, "cpu", True), "")
 needs_kernels = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 VARIANTS = [] if REASON else torch.ops.nat_dense_cpu.instruction_sets()
-NAMES = ("query", "key", "value", "rpb", "pad_key", "pad_value")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 """The last two are the rounding of the outputs: what is between them and the inputs is float32."""
 
@@ -50,38 +49,6 @@ LAYOUTS = (
     Case("padded rows of two lengths", (11, 20), (5, 5), (3, 2), padded=True, dim=16, batch=2),
 )
 ALL = (*CASES, *LAYOUTS)
-
-
-@functools.cache
-def expected(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
-    """Output and gradients of the reference in float64, on inputs rounded to `dtype`."""
-    return run(case, torch.float64, "reference", rounded=dtype)
-
-
-def run(
-    case: Case, dtype: torch.dtype, backend: str, rounded: torch.dtype | None = None, seed: int = 0
-) -> dict[str, torch.Tensor]:
-    tensors = {n: None if t is None else t.detach() for n, t in case.tensors(rounded or dtype, seed).items()}
-    tensors = {n: None if t is None else t.to(dtype).requires_grad_(n in NAMES) for n, t in tensors.items()}
-    grad_out = tensors.pop("grad_out")
-    leaves = {name: t for name, t in tensors.items() if t is not None}
-    out = na2d(kernel_size=case.kernel_size, dilation=case.dilation, backend=backend, **tensors)
-    return {"out": out.detach()} | dict(zip(leaves, torch.autograd.grad(out, leaves.values(), grad_out), strict=True))
-
-
-def errors(found: dict, wanted: dict) -> dict[str, float]:
-    """Largest differences relative to the value plus the standard deviation (of few values: the largest)."""
-    assert found.keys() == wanted.keys()
-    largest = {}
-    for name, exact in wanted.items():
-        size = max(exact.std().item() if exact.numel() > 8 else exact.abs().max().item(), 1e-2)
-        largest[name] = ((found[name].double() - exact).abs() / (size + exact.abs())).max().item()
-    return largest
-
-
-def assert_close(found: dict, wanted: dict, tolerance: float) -> None:
-    for name, error in errors(found, wanted).items():
-        assert error < tolerance, f"{name}: {error:.1e} (allowed {tolerance:.0e})"  # a NaN is not below either
 
 
 @needs_kernels
@@ -349,7 +316,7 @@ def test_small_tensors_of_another_size_are_not_read_past_their_end():
     """By the operator itself: exported programs call it without the checks of `na2d`."""
     tokens = torch.randn(1, 5, 5, 2, 8)
     attend = functools.partial(torch.ops.nat_dense.na2d, tokens, tokens, tokens)
-    settings = ([7, 7], [1, 1], 1.0, "cpu")
+    settings = ([7, 7], [1, 1], 1.0, "cpu", False)
     with pytest.raises(RuntimeError, match="expected 338 biases, found 25"):
         attend(torch.zeros(1, 5, 5), torch.zeros(2, 8), torch.zeros(2, 8), *settings)
     with pytest.raises(RuntimeError, match=r"expected pad_key and pad_value of shape \[heads, head_dim\]"):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from nat_dense.ops import cpu, na2d
-from tests.ops.cases import Case
-from tests.ops.test_cpu import NAMES, TOLERANCE, VARIANTS, assert_close, errors, needs_kernels, run
+from tests.ops.cases import NAMES, Case, assert_close, errors, run
+from tests.ops.test_cpu import TOLERANCE, VARIANTS, needs_kernels
 
 pytestmark = [needs_kernels, pytest.mark.slow]
 

@@ -7,8 +7,7 @@ from torch.nn import functional as F
 from nat_dense.ops import backend_report, na2d, reference, triton_na2d
 from nat_dense.ops.problem import Problem
 from nat_dense.ops.reference import window_indices
-from tests.ops.cases import Case
-from tests.ops.test_cpu import assert_close, errors
+from tests.ops.cases import Case, assert_close, errors
 from tests.ops.test_triton import named
 
 REASON = (
@@ -137,6 +136,25 @@ def test_more_programs_than_a_launch_axis_has():
     assert torch.equal(na2d(kernel_size=3, backend="triton", **many), one.expand(70_000, -1, -1, -1, -1))
 
 
+def test_more_heads_than_a_launch_axis_has():
+    """70,000 heads: each must equal the first, whose data it repeats, and so must its gradients."""
+    case = Case("many heads", (8, 8), (3, 3), heads=1, dim=16)
+
+    def step(heads: int) -> tuple[torch.Tensor, ...]:
+        tensors = case.tensors(torch.bfloat16, device="cuda")
+        leaves = [
+            tensors[name].detach().expand(-1, -1, -1, heads, -1) for name in ("query", "key", "value", "grad_out")
+        ]
+        query, key, value = (t.requires_grad_() for t in leaves[:3])
+        rpb = tensors["rpb"].detach().expand(heads, -1, -1).requires_grad_()
+        out = na2d(query, key, value, 3, 1, rpb, backend="triton")
+        gradients = torch.autograd.grad(out, (query, key, value), leaves[3], retain_graph=True)
+        return out.detach(), *gradients, *(t[None, None, None] for t in torch.autograd.grad(out, rpb, leaves[3]))
+
+    for found, wanted in zip(step(70_000), step(1), strict=True):
+        assert torch.equal(found, wanted.expand_as(found))
+
+
 @pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < 24 << 30, reason="less than 24 GiB of GPU memory"
 )
@@ -173,21 +191,30 @@ def test_nothing_of_window_size_is_kept():
 
 
 def test_cuda_graph():
+    """With gradients, on a stream of its own."""
     case = named("one tile")
-    tensors = {n: None if t is None else t.detach() for n, t in case.tensors(torch.bfloat16, device="cuda").items()}
-    tensors.pop("grad_out")
+    tensors = case.tensors(torch.bfloat16, device="cuda")
+    grad_out = tensors.pop("grad_out")
+    leaves = [t for t in tensors.values() if t is not None]
 
-    def attend() -> torch.Tensor:
-        return na2d(kernel_size=case.kernel_size, backend="triton", **tensors)
+    def step() -> tuple[torch.Tensor, ...]:
+        out = na2d(kernel_size=case.kernel_size, backend="triton", **tensors)
+        return out.detach(), *torch.autograd.grad(out, leaves, grad_out)
 
-    attend()  # compiles
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = attend()
-    tensors["query"].normal_()
+        captured = step()
+    with torch.no_grad():
+        tensors["query"].normal_()
     graph.replay()
     torch.cuda.synchronize()
-    assert torch.equal(captured, attend())
+    for found, wanted in zip(captured, step(), strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_compiles_into_one_graph():

@@ -1,12 +1,16 @@
 """The operator as users meet it: validation, back-end choice, dtypes, compile, export, autocast."""
 
+import functools
 from dataclasses import replace
 
 import pytest
 import torch
 from torch._dynamo.testing import AotEagerAndRecordGraphs
+from torch.utils.checkpoint import checkpoint
 
-from nat_dense.ops import backend_report, backends, na2d, na2d_qkv
+from nat_dense.models import attention
+from nat_dense.models.attention import attend
+from nat_dense.ops import backend_report, backends, na2d, na2d_qkv, reference
 from nat_dense.ops.functional import na2d_rows
 from nat_dense.ops.problem import Problem
 from tests.ops.cases import CASES, Case, OperatorsSeen
@@ -112,6 +116,74 @@ def test_autocast_lowers_the_tokens_and_keeps_the_bias(dtype):
     torch.testing.assert_close(out.float(), call(), rtol=0.02, atol=0.02)
 
 
+def test_autocast_leaves_float64_alone():
+    tensors = PADDED.tensors(torch.float64)
+    tensors.pop("grad_out")
+    settings = dict(kernel_size=PADDED.kernel_size, dilation=PADDED.dilation)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = na2d(**tensors, **settings)
+    assert torch.equal(found, na2d(**tensors, **settings))
+
+
+def test_attention_dropout_is_exact_under_autocast(monkeypatch):
+    """It runs the reference's own operations, which autocast would take for products in two bytes."""
+    packed = CASE.packed(torch.bfloat16)
+    arguments = (packed["qkv"], 3, 1, torch.randn(2, 5, 5), 0.25)
+    monkeypatch.setattr(attention, "_warned", False)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.warns(UserWarning, match="attention dropout"):
+        found = attend(*arguments, bias=None, dropout=1e-9)
+    assert torch.equal(found, attend(*arguments, bias=None, backend="reference"))
+
+
+def test_a_reference_for_weights_is_exact_under_autocast():
+    query, key, value = (t.bfloat16() for t in CASE.packed(torch.float32)["qkv"].detach().unbind(3))
+    weights = reference.attention_weights(query, key, None, (3, 3), (1, 1), 0.25)
+    out = reference.apply_weights(weights, value, (3, 3), (1, 1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(reference.attention_weights(query, key, None, (3, 3), (1, 1), 0.25), weights)
+        assert torch.equal(reference.apply_weights(weights, value, (3, 3), (1, 1)), out)
+
+
+class Asked:
+    """A row of the table that declines all that needs a gradient, as NATTEN's does, and keeps what it was asked."""
+
+    def __init__(self, monkeypatch):
+        self.needs_grad: list[bool] = []
+        row = backends.Backend("natten", self.why_not, reference.forward, None)
+        monkeypatch.setattr(backends, "TABLE", (row, *(row for row in backends.TABLE if row.name == "reference")))
+
+    def why_not(self, problem: Problem, _variant: str) -> str | None:
+        self.needs_grad.append(problem.needs_grad)
+        return "a gradient is asked for" if problem.needs_grad else None
+
+
+def doubled(query, key, value):
+    """No argument of the operator is a leaf."""
+    return na2d(query * 2, key * 2, value * 2, 3)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        doubled,
+        torch.compile(doubled, backend="aot_eager", fullgraph=True),
+        functools.partial(checkpoint, doubled, use_reentrant=False),
+    ],
+    ids=["eager", "compiled", "checkpoint"],
+)
+def test_back_ends_know_of_the_gradient_ahead(monkeypatch, way):
+    """One without a backward pass may not make what another's backward pass goes on from."""
+    asked = Asked(monkeypatch)
+    leaves = torch.randn(3, 1, 9, 9, 2, 8).unbind(0)
+    way(*(t.clone().requires_grad_() for t in leaves)).sum().backward()
+    assert asked.needs_grad
+    assert all(asked.needs_grad)
+    asked.needs_grad.clear()
+    with torch.no_grad():
+        way(*(t.clone().requires_grad_() for t in leaves))
+    assert asked.needs_grad == [False]
+
+
 def test_head_dim_without_unit_stride_is_accepted():
     query, key, value = torch.randn(3, 1, 16, 9, 11, 2).permute(0, 1, 3, 4, 5, 2)
     expected = na2d(query.contiguous(), key.contiguous(), value.contiguous(), 3)
@@ -124,7 +196,7 @@ def test_head_dim_without_unit_stride_is_accepted():
 def test_opcheck(name, case, backend):
     tensors = case.tensors(torch.float32) if name == "na2d" else case.packed(torch.float32)
     tensors.pop("grad_out")
-    arguments = (*tensors.values(), list(case.kernel_size), list(case.dilation), case.dim**-0.5, backend)
+    arguments = (*tensors.values(), list(case.kernel_size), list(case.dilation), case.dim**-0.5, backend, True)
     torch.library.opcheck(getattr(torch.ops.nat_dense, name).default, arguments)
 
 

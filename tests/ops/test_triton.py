@@ -5,6 +5,9 @@ does. It takes about a tenth of a second for a program, so only small cases run 
 """
 
 import importlib.util
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,8 +16,7 @@ from nat_dense.ops import backend_report, na2d, triton_na2d
 from nat_dense.ops.problem import Problem
 from nat_dense.ops.triton_na2d import Tile, choose_tile
 from tests.kernels import DEVICE, HAS_GPU
-from tests.ops.cases import CASES, Case
-from tests.ops.test_cpu import assert_close, expected
+from tests.ops.cases import CASES, Case, assert_close, expected
 
 REASON = triton_na2d.why_not(Problem((9, 9), (3, 3), (1, 1), 16, torch.float32, DEVICE, True), "")
 needs_kernels = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -95,7 +97,7 @@ def test_gradients_are_what_the_operator_promises(name):
     tensors = {n: t if t is None else t.detach() for n, t in named(name).tensors(torch.float32, device=DEVICE).items()}
     grad_out = tensors.pop("grad_out")
     settings = (list(named(name).kernel_size), list(named(name).dilation), 0.3, "triton")
-    outputs = torch.ops.nat_dense.na2d(*tensors.values(), *settings)
+    outputs = torch.ops.nat_dense.na2d(*tensors.values(), *settings, True)
     arguments = (grad_out, *tensors.values(), *outputs, *settings)
     torch.library.opcheck(
         torch.ops.nat_dense.na2d_backward.default, arguments, test_utils=("test_schema", "test_faketensor")
@@ -136,24 +138,32 @@ def test_log_sum_exp():
     tensors.pop("grad_out")
     settings = (list(case.kernel_size), list(case.dilation), 0.3)
     found, wanted = (
-        torch.ops.nat_dense.na2d(*tensors.values(), *settings, backend)[1] for backend in ("triton", "reference")
+        torch.ops.nat_dense.na2d(*tensors.values(), *settings, backend, False)[1] for backend in ("triton", "reference")
     )
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 @needs_kernels
 @pytest.mark.skipif(HAS_GPU, reason="test_gpu.py has offsets of this size in memory that is really there")
-@pytest.mark.parametrize("axis", [1, 3], ids=["rows", "heads"])
+@pytest.mark.parametrize("axis", [1, 2, 3], ids=["rows", "columns", "heads"])
 def test_offsets_beyond_32_bits(axis):
-    """The third row or head begins 2**31 numbers after the first, in memory that is reserved and mostly untouched."""
+    """The third row, column or head begins 2**31 numbers after the first, in memory that is mostly left untouched."""
     heads, dim, apart = 3, 8, 2**30
     room = torch.empty(2 * apart + 27 * dim, dtype=torch.float16)
     strides = [27 * dim, 9 * dim, 3 * dim, dim, 1]
     strides[axis] = apart
     far = room.as_strided((1, 3, 3, heads, dim), strides)
     far.copy_(torch.randn(far.shape, generator=torch.Generator().manual_seed(0)))
-    near = far.contiguous()
-    assert torch.equal(na2d(far, far, far, 3, backend="triton"), na2d(near, near, near, 3, backend="triton"))
+    rpb = torch.randn(heads, 5, 5)
+
+    def results(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        forward, backward = torch.ops.nat_dense.na2d, torch.ops.nat_dense.na2d_backward
+        arguments, settings = (*[tokens] * 3, rpb, None, None), ([3, 3], [1, 1], 0.3, "triton")
+        outputs = forward(*arguments, *settings, True)
+        return *outputs, *backward(tokens, *arguments, *outputs, *settings)
+
+    for found, wanted in zip(results(far), results(far.contiguous()), strict=True):
+        assert torch.equal(found, wanted)
 
 
 @needs_kernels
@@ -254,6 +264,43 @@ def test_says_why_not(changes, reason):
     assert reason in backend_report(problem)["triton"]
 
 
+def test_a_gpu_that_is_not_there_is_explained(monkeypatch):
+    problem = Problem((9, 9), (3, 3), (1, 1), 16, torch.float32, "cuda", True)
+    monkeypatch.setattr(triton_na2d.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(triton_na2d, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert backend_report(problem)["triton"] == "torch sees no GPU (torch.cuda.is_available() is False)"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_torch_and_triton_are_enough():
+    """A machine with a GPU may have neither numpy nor what the models need."""
+    code = """
+import sys
+for name in ("numpy", "mmengine", "mmcv", "mmdet", "mmseg", "transformers", "safetensors"):
+    sys.modules[name] = None
+from nat_dense.ops import triton_na2d
+print(triton_na2d.why_no_kernels("xpu"))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    told = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    assert told.startswith("the tensors are on xpu, not on a GPU")
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_tf32_follows_torch(monkeypatch, allowed):
+    monkeypatch.setattr(triton_na2d, "interpreted", lambda: False)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        assert triton_na2d.product_precision(torch.float32) == ("tf32" if allowed else "tf32x3")
+        torch.backends.cuda.matmul.allow_tf32 = not allowed
+        assert triton_na2d.product_precision(torch.float32) == ("tf32x3" if allowed else "tf32")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize(
     ("capability", "reason"),
     [((7, 5), "the GPU has compute capability 7.5; Triton needs 8.0"), ((8, 6), None), ((9, 0), None)],
@@ -262,6 +309,7 @@ def test_old_gpus_are_refused(monkeypatch, capability, reason):
     """What a GPU says of itself is made up; the rest is real."""
     monkeypatch.setattr(triton_na2d.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(triton_na2d, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     problem = Problem((9, 9), (3, 3), (1, 1), 128, torch.float32, "cuda", True)
     assert triton_na2d.why_not(problem, "") == reason

@@ -64,11 +64,12 @@ def kernels(monkeypatch) -> list:
     run = JITFunction.run
     active = "active" if "active" in vars(driver) else "_active"  # a property since Triton 3.5
     monkeypatch.setattr(driver, active, getattr(driver, active))
-    monkeypatch.setattr(
-        JITFunction,
-        "run",
-        lambda self, *args, warmup, **options: kernels.append(run(self, *args, warmup=True, **options)),
-    )
+
+    def compile_only(self, *args, warmup, grid, **options):
+        assert all(programs <= 65_535 for programs in grid[1:]), f"{self.__name__}: CUDA launches no grid of {grid}"
+        kernels.append(run(self, *args, warmup=True, grid=grid, **options))
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
     return kernels
 
 
@@ -99,6 +100,11 @@ def test_compiles_within_the_shared_memory(case, dtype, capability, compile_for)
     for kernel in compile_for(capability, case, dtype):
         assert kernel.asm["cubin"]
         assert kernel.metadata.shared <= SMALLEST_SHARED
+
+
+def test_more_heads_than_a_launch_axis_has(compile_for):
+    """The grids are checked wherever a kernel is called."""
+    assert len(compile_for(90, Case("", (8, 8), (3, 3), heads=70_000, dim=1), torch.bfloat16)) == 4
 
 
 @pytest.mark.parametrize("capability", [80, 90])

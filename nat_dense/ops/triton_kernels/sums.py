@@ -8,18 +8,20 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "run"])
-def sum_kernel(parts, totals, rows, columns, run, BLOCK: tl.constexpr):
-    """Sums of runs of rows, always in the same order.
+@triton.jit(do_not_specialize=["rows", "columns", "run", "runs"])
+def sum_kernel(parts, totals, rows, columns, run, runs, BLOCK: tl.constexpr):
+    """Sums of runs of rows, always in the same order. A program takes a run of a block of columns.
+
+    All programs are on the first axis of the grid: the others end at 65,535, and there are more columns than that.
 
     Args:
         parts: float32 [rows, columns], contiguous.
         totals: Written; float32 [runs, columns].
-        run: Rows that a program adds up.
+        run, runs: Rows that a program adds up, and how many times that.
         BLOCK: Rows and columns taken at a time.
     """
-    index = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK[1] + tl.arange(0, BLOCK[1])
+    index = tl.program_id(0) % runs
+    column = tl.program_id(0) // runs * BLOCK[1] + tl.arange(0, BLOCK[1])
     total = tl.full([BLOCK[0], BLOCK[1]], 0.0, tl.float32)
     end = tl.minimum((index + 1) * run, rows)
     for first in range(index * run, end, BLOCK[0]):
