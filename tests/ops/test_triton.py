@@ -102,6 +102,8 @@ def test_gradients_are_what_the_operator_promises(name):
     torch.library.opcheck(
         torch.ops.nat_dense.na2d_backward.default, arguments, test_utils=("test_schema", "test_faketensor")
     )
+    leaves = [t if t is None else t.requires_grad_() for t in tensors.values()]
+    torch.library.opcheck(torch.ops.nat_dense.na2d.default, (*leaves, *settings, True))
 
 
 @needs_kernels

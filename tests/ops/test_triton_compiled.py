@@ -9,6 +9,7 @@ import re
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nat_dense.models import add_norm, gelu
 from nat_dense.ops import triton_na2d
@@ -100,6 +101,34 @@ def test_compiles_within_the_shared_memory(case, dtype, capability, compile_for)
     for kernel in compile_for(capability, case, dtype):
         assert kernel.asm["cubin"]
         assert kernel.metadata.shared <= SMALLEST_SHARED
+
+
+class TokensCopied(TorchDispatchMode):
+    """The operations inside it that make tokens of tokens, but for the rounding of the cases' own."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        copies = func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.copy_, torch.ops.aten._to_copy)
+        if copies and out.dim() >= 5 and args[0].dtype is not torch.float64:
+            self.names.append(str(func))
+        return out
+
+
+def test_views_of_one_projection_are_not_copied(compile_for):
+    with TokensCopied() as copied:
+        compile_for(90, PLAIN, torch.bfloat16)
+    assert copied.names == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [86, 89, 100, 120])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_compiles_for_other_gpus(dtype, capability, compile_for):
+    assert all(kernel.metadata.shared <= SMALLEST_SHARED for kernel in compile_for(capability, PLAIN, dtype))
 
 
 def test_more_heads_than_a_launch_axis_has(compile_for):
