@@ -180,6 +180,30 @@ def test_resume_goes_on_where_the_run_stopped(segmentor, tmp_path):
     assert [read(file).extras["optimizer"]["state"][0]["step"] for file in files] == [2, 3]
 
 
+def test_a_finished_run_says_so(segmentor, capsys):
+    options, run = segmentor
+    train([SEGMENTOR, "--resume", "--work-dir", str(run), "--cfg-options", *options])
+    told = capsys.readouterr().out
+    assert "is the end of its run (iter 2 of 2): nothing is left to train; raise train_cfg.max_iters." in told
+
+
+def test_predictions_of_a_segmentor_are_not_overwritten(segmentor, tmp_path, capsys):
+    options, run = segmentor
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "0.png").write_bytes(b"mine")
+    with pytest.raises(SystemExit):
+        evaluate([SEGMENTOR, str(run / "iter_2.pth"), "--out", str(out), "--cfg-options", *options])
+    assert "the directory is not empty, and nothing is overwritten" in capsys.readouterr().err
+    assert (out / "0.png").read_bytes() == b"mine"
+
+
+def test_an_option_without_a_value(capsys):
+    with pytest.raises(SystemExit):
+        train([DETECTOR, "--cfg-options", "foo"])
+    assert "argument --cfg-options: 'foo': expected KEY=VALUE" in capsys.readouterr().err
+
+
 def test_a_config_in_its_work_dir_is_not_overwritten(segmentor, tmp_path):
     options, _ = segmentor
     once = ["train_cfg.max_iters=1", "default_hooks.checkpoint.interval=1"]

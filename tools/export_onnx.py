@@ -11,12 +11,11 @@ import argparse
 import logging
 from collections.abc import Sequence
 
-from mmengine.config import DictAction
-
 from nat_dense.checkpoints.options import add_trust_option
 from nat_dense.export import export_onnx
 from nat_dense.mm.errors import one_line_errors
 from nat_dense.mm.onnx import PARTS, graph_of
+from nat_dense.mm.options import KeyValues
 from nat_dense.mm.swap.command import add_swap_options, load_swapped
 
 
@@ -38,7 +37,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--part", choices=PARTS, help="where the graph ends (default: as late as can be exported)")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
     parser.add_argument(
-        "--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help="changes to the config"
+        "--cfg-options", nargs="+", action=KeyValues, default={}, metavar="KEY=VALUE", help="changes to the config"
     )
     add_trust_option(parser)
     return parser.parse_args(argv)

@@ -8,11 +8,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmengine.config import DictAction
 from rich.console import Console
 
 from nat_dense.mm.errors import one_line_errors
 from nat_dense.mm.flops import count_config
+from nat_dense.mm.options import KeyValues
 from nat_dense.mm.swap.command import add_swap_options, load_swapped
 
 
@@ -30,7 +30,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--json", metavar="FILE", help="write exact numbers, by part and kind of operation")
     parser.add_argument(
-        "--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help="changes to the config"
+        "--cfg-options", nargs="+", action=KeyValues, default={}, metavar="KEY=VALUE", help="changes to the config"
     )
     return parser.parse_args(argv)
 

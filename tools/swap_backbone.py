@@ -7,9 +7,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmengine.config import DictAction
-
 from nat_dense.mm.errors import one_line_errors
+from nat_dense.mm.options import KeyValues
 from nat_dense.mm.swap.command import add_swap_options, load_swapped, write_expanded, write_inheriting
 
 
@@ -23,7 +22,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--inherit", action="store_true", help="write only what differs, with the old config as its _base_"
     )
     parser.add_argument(
-        "--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help="more changes"
+        "--cfg-options", nargs="+", action=KeyValues, default={}, metavar="KEY=VALUE", help="more changes"
     )
     args = parser.parse_args(argv)
     if not args.backbone:

@@ -7,11 +7,9 @@ python tools/test.py configs/upernet/nat-tiny_upernet_8xb2-amp-160k_ade20k-512x5
 import argparse
 from collections.abc import Sequence
 
-from mmengine.config import DictAction
-
 from nat_dense.checkpoints.options import add_trust_option
 from nat_dense.mm.errors import one_line_errors
-from nat_dense.mm.options import set_out, set_show_dir, set_work_dir
+from nat_dense.mm.options import KeyValues, set_out, set_show_dir, set_work_dir
 from nat_dense.mm.processes import leave_group
 from nat_dense.mm.runner import build_runner
 from nat_dense.mm.swap.command import add_swap_options, load_swapped
@@ -31,7 +29,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--out", metavar="PATH", help="write predictions: a .pkl for detectors, a directory of PNGs for segmentors"
     )
     parser.add_argument(
-        "--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help="changes to the config"
+        "--cfg-options", nargs="+", action=KeyValues, default={}, metavar="KEY=VALUE", help="changes to the config"
     )
     parser.add_argument(
         "--launcher", choices=["none", "pytorch", "slurm"], default="none", help="how the processes were started"

@@ -8,11 +8,9 @@ python tools/train.py mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py --backbone n
 import argparse
 from collections.abc import Sequence
 
-from mmengine.config import DictAction
-
 from nat_dense.checkpoints.options import add_trust_option
 from nat_dense.mm.errors import one_line_errors
-from nat_dense.mm.options import enable_amp, enable_auto_scale_lr, set_randomness, set_resume, set_work_dir
+from nat_dense.mm.options import KeyValues, enable_amp, enable_auto_scale_lr, set_randomness, set_resume, set_work_dir
 from nat_dense.mm.processes import leave_group
 from nat_dense.mm.runner import build_runner
 from nat_dense.mm.swap.command import add_swap_options, load_swapped
@@ -39,7 +37,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--deterministic", action="store_true", help="deterministic kernels where there are any; slower"
     )
     parser.add_argument(
-        "--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE", help="changes to the config"
+        "--cfg-options", nargs="+", action=KeyValues, default={}, metavar="KEY=VALUE", help="changes to the config"
     )
     parser.add_argument(
         "--launcher", choices=["none", "pytorch", "slurm"], default="none", help="how the processes were started"

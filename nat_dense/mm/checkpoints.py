@@ -186,7 +186,17 @@ def check_work_dir(cfg: Config, model: nn.Module, *, trust: bool = False) -> lis
         )
     if not named:
         _check_same_experiment(cfg, checkpoint.extras["meta"].get("experiment_name", ""), source)
-    return check_fits(model, checkpoint)
+    return check_fits(model, checkpoint) + _notice_of_end(cfg, checkpoint.extras["meta"], source)
+
+
+def _notice_of_end(cfg: Config, meta: dict, source: str) -> list[str]:
+    loop = cfg.get("train_cfg") or {}
+    unit, field = ("iter", "max_iters") if "max_iters" in loop else ("epoch", "max_epochs")
+    done, whole = meta.get(unit), loop.get(field)
+    if done is None or whole is None or done < whole:
+        return []
+    end = f"{source!r} is the end of its run ({unit} {done} of {whole})"
+    return [f"{end}: nothing is left to train; raise train_cfg.{field}."]
 
 
 def _holding(work_dir: Path, present: list[str]) -> str:

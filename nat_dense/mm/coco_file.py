@@ -64,6 +64,14 @@ def _check_references(content: dict[str, Any], where: str) -> None:
             raise ValueError(f"{where}: annotations[{i}] has image_id {annotation['image_id']!r}, which no image has.")
     if not images:
         raise ValueError(f"{where} lists no images.")
+    seen: set[Any] = set()
+    for i, annotation in enumerate(content["annotations"]):
+        if annotation["id"] in seen:
+            raise ValueError(f"{where}: annotations[{i}] has the id {annotation['id']!r} of another one.")
+        seen.add(annotation["id"])
+        box = annotation["bbox"]
+        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(x, (int, float)) for x in box):
+            raise ValueError(f"{where}: annotations[{i}].bbox is {box!r}: expected [x, y, width, height] in pixels.")
 
 
 def check_categories(content: dict[str, Any], classes: Sequence[str], file: str, ignore_others: bool) -> None:

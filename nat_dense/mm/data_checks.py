@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.registry import DATASETS
+from mmengine.registry import DATASETS, TRANSFORMS
 from torch.utils.data import DataLoader
 
 from nat_dense.mm.coco_file import check_categories, check_coco_file
 from nat_dense.mm.config import evaluators
-from nat_dense.mm.fields import check_fields, class_of
+from nat_dense.mm.errors import did_you_mean
+from nat_dense.mm.fields import check_fields, check_object, class_of
 from nat_dense.mm.images import CHANNELS, Picture, find_bad_images, find_bad_labels, sample
 
 CHOICES = {"images": ("sample", "all", "none"), "bad_images": ("stop", "skip"), "other_classes": ("stop", "ignore")}
@@ -119,6 +120,7 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
         scored, part = _is_scored(cfg, loader), _naming_part(cfg) if loader == "test_dataloader" else None
         named: dict[str, Path] = {}
         for source in _sources(cfg[loader].get("dataset"), f"{loader}.dataset"):
+            _check_pipeline(source)
             pictures = _find_pictures(source, checks, annotated=scored)
             bad = find_bad_images(pictures, checks["images"], _expected_channels(cfg, source))
             warnings += _report_bad_images(source, bad, len(pictures), checks)
@@ -132,6 +134,8 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
             _check_heads(cfg.model, source)
             if part:
                 _check_names(source, pictures, part, named)
+            if bad:  # at last: what the other checks read of the source is what is wrapped here
+                _leave_out(source, bad)
     for loader in sorted(set(loaders) - {"train_dataloader"}):
         _check_evaluator(cfg, loader)
     return warnings
@@ -158,6 +162,30 @@ def _check_names(source: Source, pictures: list[Picture], part: str, named: dict
 
 def _check_loader_fields(loader: dict, name: str) -> None:
     check_fields(name, "DataLoader", loader, [*LOADER_FIELDS, *inspect.signature(DataLoader).parameters])
+    size = loader.get("batch_size", 1)
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"{name}.batch_size is {size!r}: expected a number of images, 1 or more.")
+
+
+def _check_pipeline(source: Source) -> None:
+    """Every transform exists and has the fields that it is given."""
+    for i, transform in enumerate(source.cfg.get("pipeline") or []):
+        name = f"{source.name}.pipeline[{i}]"
+        if not isinstance(transform, dict):
+            continue
+        cls = class_of(transform, TRANSFORMS)
+        if cls is None:
+            known = [*TRANSFORMS.module_dict, *(n for r in TRANSFORMS.children.values() for n in r.module_dict)]
+            hint = did_you_mean(str(transform.get("type")), known)
+            raise ValueError(f"{name}: there is no transform {transform.get('type')!r}.{hint}")
+        check_object(name, transform, cls)
+    zero_is_void = source.argument("reduce_zero_label")
+    loads = source.transform("LoadAnnotations").get("reduce_zero_label")
+    if source.reader == SEGMENTATION_DATASET and loads is not None and loads != zero_is_void:
+        raise ValueError(
+            f"{source.name}: reduce_zero_label is {zero_is_void}, but {loads} in its pipeline's LoadAnnotations. Leave "
+            "it out there, or set both."
+        )
 
 
 def _read_choices(cfg: Config) -> dict[str, str]:
@@ -209,6 +237,12 @@ def _find_pictures(source: Source, checks: dict[str, str], annotated: bool) -> l
         masks = bool(source.transform("LoadAnnotations").get("with_mask"))
         content = check_coco_file(file, f"{source.name}.ann_file", masks, annotated)
         check_categories(content, source.classes, str(file), ignore_others=checks["other_classes"] == "ignore")
+        leaves_out_empty = (source.cfg.get("filter_cfg") or {}).get("filter_empty_gt")
+        if leaves_out_empty and not source.argument("test_mode") and not content["annotations"]:
+            raise ValueError(
+                f"{source.name}.ann_file: {str(file)!r} has no annotations, and filter_cfg.filter_empty_gt leaves out "
+                "images without any: none is left."
+            )
         return [Picture(folder / image["file_name"], (image["width"], image["height"])) for image in content["images"]]
     if source.reader == SEGMENTATION_DATASET:
         images = _folder(source, "img_path", prefix.get("img_path"))
@@ -265,10 +299,13 @@ def _report_bad_images(source: Source, bad: dict[Path, str], total: int, checks:
     if len(bad) == total:
         raise ValueError(f"{message} None is left to skip to.")
     missed = source.reader == COCO_DATASET and not source.name.startswith("train_")
+    return [f"{message} They are skipped" + ("; mAP counts what is on them as missed." if missed else ".")]
+
+
+def _leave_out(source: Source, bad: dict[Path, str]) -> None:
     wrapped = dict(source.cfg)
     source.cfg.clear()
     source.cfg.update(type="mmengine.without_images", dataset=wrapped, paths=[str(path) for path in bad])
-    return [f"{message} They are skipped" + ("; mAP counts what is on them as missed." if missed else ".")]
 
 
 def _check_labels(source: Source, pictures: list[Picture], checks: dict[str, str]) -> None:
@@ -306,8 +343,9 @@ def _check_heads(model: dict, source: Source) -> None:
             of_texts = name == "bbox_head" and not roi_head and found is not None and found > count
             if found in (None, count) or head.get("class_agnostic") or several_losses or of_texts:
                 continue
+            names = _listing(source.classes)[:-1]
             raise ValueError(
-                f"{name}.num_classes is {found}, but {source.name} has {count} classes ({_listing(source.classes)}) "
+                f"{name}.num_classes is {found}, but {source.name} has {count} classes ({names}). "
                 f"Set num_classes={count} in every head, or the dataset's metainfo.classes."
             )
 

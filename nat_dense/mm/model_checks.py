@@ -1,7 +1,10 @@
 """What is wrong with a config's model is found by building it once, before anything is written."""
 
+import copy
+import importlib.util
 import inspect
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,19 @@ from mmengine.registry import DATASETS, MODELS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nat_dense.checkpoints import fetch
 from nat_dense.checkpoints.names import URLS
+from nat_dense.mm.errors import did_you_mean
 from nat_dense.mm.fields import check_object, class_of
 from nat_dense.mm.pretrained import Pretrained, through_this_door
 from nat_dense.models.backbone import NeighborhoodBackbone
 
 TASK_OF_SCOPE = {"mmdet": "detection", "mmseg": "segmentation"}
 """The dilation presets made for each library start with these names."""
+
+
+OF_TORCHVISION = ("torchvision://", "modelzoo://")
+"""How addresses start that MMEngine looks up in torchvision."""
 
 
 def check_model(cfg: Config, *, training: bool = True) -> tuple[nn.Module, list[str]]:
@@ -34,16 +43,19 @@ def check_model(cfg: Config, *, training: bool = True) -> tuple[nn.Module, list[
 
     Raises:
         FileNotFoundError: a local file of initial weights is missing.
-        ValueError: a local file of a backbone's initial weights is no checkpoint or doesn't fit, a misspelt or wrong
-            field, parts that don't fit, or batch norm with one value per channel.
+        ValueError: a local file of a backbone's initial weights is no checkpoint or doesn't fit, initial weights need
+            torchvision and it is missing, a misspelt or wrong field, parts that don't fit, or batch norm with one value
+            per channel.
     """
+    if not cfg.get("model"):
+        raise ValueError(f"{cfg.filename or 'the config'} has no model: is it a config to train or test with?")
     backbone = cfg.model.get("backbone", {})
     if cls := _class_of(backbone):
         check_object("model.backbone", backbone, cls)
     if training:
         _check_initial_weights(cfg.model, "model")
     with torch.random.fork_rng(devices=[]):
-        model = MODELS.build(cfg.model)
+        model = MODELS.build(copy.deepcopy(cfg.model))  # MMSegmentation writes into what it builds from
         _check_channels(model)
     if training:
         _load_initial_weights(model)
@@ -57,28 +69,59 @@ def _check_initial_weights(node: Any, name: str) -> None:
         node = dict(enumerate(node))
     if not isinstance(node, dict):
         return
-    checkpoint = node.get("checkpoint")
-    if (
-        name.endswith("init_cfg")
-        and isinstance(checkpoint, str)
-        and "://" not in checkpoint
-        and checkpoint not in URLS
-        and not Path(checkpoint).exists()
-    ):
-        raise FileNotFoundError(f"{name}.checkpoint: no file {checkpoint!r}. {name}=None trains from scratch.")
+    if name.endswith("init_cfg") and isinstance(node.get("checkpoint"), str):
+        _check_source(node["checkpoint"], f"{name}.checkpoint", name)
+    elif name == "model" and isinstance(node.get("pretrained"), str):
+        _check_source(node["pretrained"], "model.pretrained", "model.pretrained")
     for key, value in node.items():
         _check_initial_weights(value, f"{name}.{key}")
 
 
+def _check_source(source: str, name: str, field: str) -> None:
+    """Refuses initial weights that can't be read here; without `field` a model starts from scratch."""
+    if source.startswith(OF_TORCHVISION) and importlib.util.find_spec("torchvision") is None:
+        raise ValueError(
+            f"{name}={source!r}: MMEngine reads this through torchvision, which is not installed. Install the release "
+            f"that fits torch {torch.__version__}, or name a file or an address; {field}=None trains from scratch."
+        )
+    if "://" not in source and source not in URLS and not Path(source).exists():
+        raise FileNotFoundError(
+            f"{name}: no file {source!r}.{did_you_mean(source, URLS)} {field}=None trains from scratch."
+        )
+
+
 def _load_initial_weights(model: nn.Module) -> None:
     """Loads local files into our backbones of a model that is not kept, for the errors that this may raise."""
+    for module, initializer in _initializers(model):
+        if Path(initializer.checkpoint).is_file():
+            initializer.load_into(module)
+
+
+def fetch_initial_weights(model: nn.Module) -> None:
+    """Fetches the published weights that our backbones of a model start from, which training would do too late.
+
+    Raises:
+        ConnectionError: they can't be had.
+        ValueError: what came is not what was published.
+    """
+    for _, initializer in _initializers(model):
+        if Path(initializer.checkpoint).exists():
+            continue
+        try:
+            fetch(initializer.checkpoint)
+        except ConnectionError as error:
+            raise ConnectionError(f"{error}. model.backbone.init_cfg=None trains from scratch.") from error
+
+
+def _initializers(model: nn.Module) -> Iterator[tuple[nn.Module, Pretrained]]:
+    """Our backbones that start from a checkpoint, and what loads it."""
     for module in model.modules():
         if not isinstance(module, NeighborhoodBackbone):
             continue
         for entry in through_this_door(module.init_cfg):
             options = {name: value for name, value in entry.items() if name != "type"}
-            if entry["type"] is Pretrained and Path(options.get("checkpoint", "")).is_file():
-                Pretrained(**options).load_into(module)
+            if entry["type"] is Pretrained and options.get("checkpoint"):
+                yield module, Pretrained(**options)
 
 
 def _check_channels(model: nn.Module) -> None:
@@ -150,7 +193,7 @@ def check_last_batch(cfg: Config, model: nn.Module) -> None:
     name = _norm_of_one_place(model)
     if name is None:
         return
-    images, processes = len(DATASETS.build(loader.dataset)), int(os.environ.get("WORLD_SIZE", "1"))
+    images, processes = len(DATASETS.build(copy.deepcopy(loader.dataset))), int(os.environ.get("WORLD_SIZE", "1"))
     if -(-images // processes) % loader.batch_size == 1:
         raise ValueError(
             f"train_dataloader: with batch_size={loader.batch_size} the last of {images} images (in {processes} "

@@ -1,13 +1,24 @@
 """What the command lines' options change in a config."""
 
+import argparse
 from pathlib import Path
 
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config, ConfigDict, DictAction
 
 from nat_dense.mm.config import evaluators
 
 FLIP_META = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
 """What MMDetection's test-time augmentation needs to know of each view to merge it."""
+
+
+class KeyValues(DictAction):
+    """`--cfg-options KEY=VALUE ...`, as MMEngine reads it; what has no value is a usage error."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for value in [values] if isinstance(values, str) else values or ():
+            if "=" not in value:
+                raise argparse.ArgumentError(self, f"{value!r}: expected KEY=VALUE, without spaces around the =")
+        super().__call__(parser, namespace, values, option_string)
 
 
 def set_work_dir(cfg: Config, work_dir: str | None) -> None:
@@ -84,7 +95,7 @@ def set_out(cfg: Config, out: str) -> None:
     """`--out`: writes predictions, a pickle of MMDetection's results or a folder of MMSegmentation's index PNGs.
 
     Raises:
-        FileExistsError: there is such a file.
+        FileExistsError: there is such a file, or the directory holds something.
         ValueError: the path doesn't fit the task.
     """
     if Path(out).is_file():
@@ -94,6 +105,8 @@ def set_out(cfg: Config, out: str) -> None:
     if cfg.get("default_scope") == "mmseg":
         if is_pickle:
             raise ValueError(f"--out {out}: predictions of a segmentor are PNG files; name a directory.")
+        if Path(out).is_dir() and any(Path(out).iterdir()):
+            raise FileExistsError(f"--out {out}: the directory is not empty, and nothing is overwritten; name another.")
         written[0].output_dir = out
     elif not is_pickle:
         raise ValueError(f"--out {out}: predictions of a detector are a pickle; name a .pkl file.")

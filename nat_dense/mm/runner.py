@@ -15,7 +15,7 @@ from nat_dense.checkpoints import fetch, read
 from nat_dense.mm.checkpoints import DropEmbeddedConfig, check_fits, check_work_dir, refuse_pickled_code
 from nat_dense.mm.data_checks import check_data
 from nat_dense.mm.machine import fit_to_machine, keep_freed_memory
-from nat_dense.mm.model_checks import check_last_batch, check_model
+from nat_dense.mm.model_checks import check_last_batch, check_model, fetch_initial_weights
 from nat_dense.mm.options import enable_tta
 from nat_dense.mm.processes import join_on_cpus, let_first_write_metrics
 from nat_dense.mm.training_checks import check_training
@@ -59,6 +59,7 @@ def build_runner(
     if training:
         check_last_batch(cfg, model)
         notices += check_work_dir(cfg, model, trust=trust)
+        fetch_initial_weights(model)
     elif cfg.get("load_from"):
         cfg.load_from = str(fetch(cfg.load_from))
         notices += check_fits(model, read(cfg.load_from, trust=trust))

@@ -1,6 +1,7 @@
 """Bad data is refused before training starts, with a message that names it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 
 from nat_dense.mm.config import load_config
-from nat_dense.mm.data_checks import _check_heads, _sources, check_data
+from nat_dense.mm.data_checks import CHOICES, _check_heads, _sources, check_data
 from tests.mm.small import (
     DETECTOR,
     SEGMENTOR,
@@ -112,6 +113,10 @@ def test_annotation_file_that_is_not_json(coco):
         (lambda c: c["annotations"][0].pop("segmentation"), "annotations[0] lacks 'segmentation'"),
         (lambda c: c["annotations"][0].update(image_id=99), "image_id 99, which no image has"),
         (lambda c: c["annotations"][0].update(category_id=99), "category_id 99, which no category has"),
+        (lambda c: c["annotations"].clear(), "has no annotations, and filter_cfg.filter_empty_gt leaves out images"),
+        (lambda c: c["annotations"][1].update(id=c["annotations"][0]["id"]), "annotations[1] has the id"),
+        (lambda c: c["annotations"][1].update(bbox=["1", 2, 3, 4]), "annotations[1].bbox is ['1', 2, 3, 4]"),
+        (lambda c: c["annotations"][1].update(bbox=[1, 2, 3]), "annotations[1].bbox is [1, 2, 3]"),
     ],
 )
 def test_annotation_file_that_lacks_something(coco, change, expected):
@@ -255,6 +260,58 @@ def test_images_of_one_name_where_files_are_named_after_them(ade, option):
     assert check_data(cfg, test) == []
 
 
+def test_skipped_images_of_a_dataset_with_classes_of_its_own(tmp_path):
+    """The other checks go on reading the dataset, not what leaves its images out."""
+    init_default_scope("mmdet")
+    root = write_coco(tmp_path / "coco", classes=("bolt", "nut"))
+    cfg = load_config(DETECTOR, parse_options(coco_options(root)))
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        loader.dataset.metainfo = dict(classes=("bolt", "nut"))
+    heads = cfg.model.roi_head.bbox_head, cfg.model.roi_head.mask_head
+    for head in heads:
+        head.num_classes = 2
+    (root / "train2017" / "2.jpg").unlink()
+    cfg.data_checks = dict(bad_images="skip")
+    assert len(check_data(cfg, TRAIN)) == 1
+    assert len(DATASETS.build(cfg.train_dataloader.dataset)) == 3
+    heads[0].num_classes = 80
+    assert "has 2 classes (bolt; nut). Set num_classes=2" in message(ValueError, cfg)
+
+
+def test_skipped_images_of_a_segmentor(ade):
+    cfg, root = ade
+    (root / "images/training/0.jpg").write_bytes(b"")
+    cfg.data_checks = dict(bad_images="skip")
+    assert "They are skipped." in check_data(cfg, TRAIN)[0]
+    assert len(DATASETS.build(cfg.train_dataloader.dataset)) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (dict(type="Resiz"), "train_dataloader.dataset.pipeline[2]: there is no transform 'Resiz'. Did you mean"),
+        (dict(scal=(9, 9)), "pipeline[2]: Resize has no field 'scal'. Did you mean 'scale'?"),
+    ],
+)
+def test_misspelt_transforms(coco, change, expected):
+    cfg, _ = coco
+    cfg.train_dataloader.dataset.pipeline[2] = dict(type="Resize", scale=(9, 9)) | change
+    assert expected in message(ValueError, cfg)
+
+
+def test_labels_that_are_reduced_at_one_place_alone(ade):
+    cfg, _ = ade
+    cfg.train_dataloader.dataset.reduce_zero_label = False
+    assert "reduce_zero_label is False, but True in its pipeline's LoadAnnotations" in message(ValueError, cfg)
+
+
+@pytest.mark.parametrize("size", [0, -1, "two", True])
+def test_impossible_batch_size(coco, size):
+    cfg, _ = coco
+    cfg.train_dataloader.batch_size = size
+    assert f"train_dataloader.batch_size is {size!r}: expected a number" in message(ValueError, cfg)
+
+
 def test_misspelt_field_of_a_loader(coco):
     cfg, _ = coco
     cfg.train_dataloader.batchsize = 2
@@ -305,6 +362,15 @@ def test_heads_that_count_other_things_are_left_alone(config):
             _check_heads(cfg.model, source)
 
 
+def test_every_choice_is_documented():
+    page = (Path(__file__).parents[2] / "docs" / "checks.md").read_text()
+    documented = re.findall(r"^\|(?: `(\w+)`)? +\| `(\w+)` \|", page, re.MULTILINE)
+    fields: dict[str, list[str]] = {}
+    for field, value in documented:
+        fields.setdefault(field or list(fields)[-1], []).append(value)
+    assert fields == {field: list(values) for field, values in CHOICES.items()}
+
+
 def test_misspelt_check(coco):
     coco[0].data_checks = dict(bad_images="ignore")
     assert "data_checks.bad_images='ignore': expected" in message(ValueError, coco[0])
@@ -350,6 +416,8 @@ def test_labels_of_a_dataset_without_void(ade):
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         loader.dataset.update(type="BaseSegDataset", reduce_zero_label=False, metainfo=dict(classes=classes))
         loader.dataset.update(img_suffix=".jpg", seg_map_suffix=".png")
+        for transform in loader.dataset.pipeline:
+            transform.pop("reduce_zero_label", None)
     cfg.model.decode_head.num_classes = cfg.model.auxiliary_head.num_classes = 2
     assert "holds the values [2]" in message(ValueError, cfg)  # 0, 1 and 2 are three classes
 

@@ -1,13 +1,18 @@
 """A wrong model is refused before anything is written, in one sentence."""
 
+import copy
+import re
+
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 
+from nat_dense.mm import model_checks
 from nat_dense.mm.config import load_config
 from nat_dense.mm.machine import fit_to_machine
-from nat_dense.mm.model_checks import check_last_batch, check_model
+from nat_dense.mm.model_checks import check_last_batch, check_model, fetch_initial_weights
 from nat_dense.models import NAT
 from tests.mm.small import DETECTOR, NANO, SEGMENTOR, ade_options, parse_options, write_ade
 
@@ -57,6 +62,47 @@ def test_missing_initial_weights():
     cfg.model.backbone.init_cfg = dict(type="Pretrained", checkpoint="nowhere.pth")
     with pytest.raises(FileNotFoundError, match=r"model.backbone.init_cfg.checkpoint: no file 'nowhere.pth'"):
         check_model(cfg)
+
+
+@pytest.mark.parametrize("source", ["nat-tinyy", "torchvision://resnet50"])
+@pytest.mark.parametrize("field", ["backbone.init_cfg", "pretrained"])
+def test_initial_weights_that_can_not_be_read_here(monkeypatch, field, source):
+    monkeypatch.setattr(model_checks.importlib.util, "find_spec", lambda name: None)
+    cfg = segmentor()
+    if field == "pretrained":
+        cfg.model.pretrained = source
+    else:
+        cfg.model.backbone.init_cfg = dict(type="Pretrained", checkpoint=source)
+    expected = "Did you mean 'nat-tiny'?" if source == "nat-tinyy" else "torchvision, which is not installed"
+    with pytest.raises((FileNotFoundError, ValueError), match=re.escape(expected)) as raised:
+        check_model(cfg)
+    assert f"model.{field}=None trains from scratch" in str(raised.value)
+
+
+def test_initial_weights_of_a_server_that_is_not_there():
+    cfg = detector()
+    cfg.model.backbone.init_cfg = dict(type="Pretrained", checkpoint="http://127.0.0.1:9/nat.pth")
+    model, _ = check_model(cfg)
+    with pytest.raises(ConnectionError, match=r"127\.0\.0\.1.*init_cfg=None trains from scratch"):
+        fetch_initial_weights(model)
+
+
+def test_the_config_is_left_as_it_was(tmp_path):
+    """MMSegmentation's models write into what they are built from, and the Runner builds from the same."""
+    init_default_scope("mmseg")
+    file = tmp_path / "weights.pth"
+    torch.save({}, file)
+    cfg = load_config("mmseg::fcn/fcn_r50-d8_4xb4-80k_ade20k-512x512.py", {"model.pretrained": str(file)})
+    before = copy.deepcopy(cfg.model)
+    check_model(cfg)
+    assert cfg.model == before
+
+
+def test_a_config_without_a_model(tmp_path):
+    file = tmp_path / "empty.py"
+    file.write_text("epochs = 3\n")
+    with pytest.raises(ValueError, match=r"empty\.py has no model"):
+        check_model(Config.fromfile(str(file)))
 
 
 def test_initial_weights_that_are_none_or_do_not_fit(tmp_path):
