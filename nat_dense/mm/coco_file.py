@@ -66,6 +66,8 @@ def _check_references(content: dict[str, Any], where: str) -> None:
         raise ValueError(f"{where} lists no images.")
     seen: set[Any] = set()
     for i, annotation in enumerate(content["annotations"]):
+        if annotation.get("ignore"):  # MMDetection passes it over
+            continue
         if annotation["id"] in seen:
             raise ValueError(f"{where}: annotations[{i}] has the id {annotation['id']!r} of another one.")
         seen.add(annotation["id"])

@@ -168,7 +168,7 @@ def _check_loader_fields(loader: dict, name: str) -> None:
 
 
 def _check_pipeline(source: Source) -> None:
-    """Every transform exists and has the fields that it is given."""
+    """Every transform exists and has the fields that it is given; those inside of others are not looked at."""
     for i, transform in enumerate(source.cfg.get("pipeline") or []):
         name = f"{source.name}.pipeline[{i}]"
         if not isinstance(transform, dict):
@@ -179,9 +179,9 @@ def _check_pipeline(source: Source) -> None:
             hint = did_you_mean(str(transform.get("type")), known)
             raise ValueError(f"{name}: there is no transform {transform.get('type')!r}.{hint}")
         check_object(name, transform, cls)
-    zero_is_void = source.argument("reduce_zero_label")
+    zero_is_void = source.cfg.get("reduce_zero_label")  # what a class sets itself is not known from outside
     loads = source.transform("LoadAnnotations").get("reduce_zero_label")
-    if source.reader == SEGMENTATION_DATASET and loads is not None and loads != zero_is_void:
+    if source.reader == SEGMENTATION_DATASET and None not in (loads, zero_is_void) and loads != zero_is_void:
         raise ValueError(
             f"{source.name}: reduce_zero_label is {zero_is_void}, but {loads} in its pipeline's LoadAnnotations. Leave "
             "it out there, or set both."

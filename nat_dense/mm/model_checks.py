@@ -84,7 +84,7 @@ def _check_source(source: str, name: str, field: str) -> None:
             f"{name}={source!r}: MMEngine reads this through torchvision, which is not installed. Install the release "
             f"that fits torch {torch.__version__}, or name a file or an address; {field}=None trains from scratch."
         )
-    if "://" not in source and source not in URLS and not Path(source).exists():
+    if "://" not in source and source not in URLS and not Path(source).expanduser().exists():
         raise FileNotFoundError(
             f"{name}: no file {source!r}.{did_you_mean(source, URLS)} {field}=None trains from scratch."
         )
@@ -108,7 +108,7 @@ def fetch_initial_weights(model: nn.Module) -> None:
         if Path(initializer.checkpoint).exists():
             continue
         try:
-            fetch(initializer.checkpoint)
+            fetch(initializer.checkpoint, sha256=initializer.reading["sha256"])
         except ConnectionError as error:
             raise ConnectionError(f"{error}. model.backbone.init_cfg=None trains from scratch.") from error
 

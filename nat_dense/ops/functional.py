@@ -73,10 +73,9 @@ def na2d(
             tokens, extras = _lowered(tensors[:3], tensors[3:], dtype)
             tensors = (*tokens, *extras)
         return reference.forward(*tensors, kernel_size, dilation, scale)[0]
-    # Found out here: where the operator runs, in a compiled forward pass, nothing says so. A trace serves both.
-    needs_grad = torch.jit.is_tracing() or (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    )
+    # Found out here, since in a compiled forward pass nothing says so. Programs that leave Python find out as they run.
+    leaves_python = torch.jit.is_tracing() or is_exported()
+    needs_grad = not leaves_python and torch.is_grad_enabled() and _any_requires_grad(tensors)
     out, _ = torch.ops.nat_dense.na2d(*tensors, list(kernel_size), list(dilation), scale, backend, needs_grad)
     return out
 
@@ -294,6 +293,10 @@ def _run(pass_name, tensors, rpb, kernel_size, dilation, scale, backend, needs_g
     return getattr(row, pass_name)(*tensors, kernel_size, dilation, scale, **keywords)
 
 
+def _any_requires_grad(tensors) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
 def _forward(tensors, kernel_size, dilation, scale, backend, needs_grad):
     query, rpb = tensors[0], tensors[3]
     if query.numel() == 0:
@@ -307,7 +310,9 @@ def _empty_outputs(query):
 
 @torch.library.impl("nat_dense::na2d", "CompositeExplicitAutograd")
 def _na2d(query, key, value, rpb, pad_key, pad_value, *settings):
-    return _forward((query, key, value, rpb, pad_key, pad_value), *settings)
+    tensors = (query, key, value, rpb, pad_key, pad_value)
+    *others, needs_grad = settings
+    return _forward(tensors, *others, needs_grad or _any_requires_grad(tensors))
 
 
 @torch.library.impl("nat_dense::na2d_qkv", "CompositeExplicitAutograd")
