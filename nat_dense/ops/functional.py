@@ -312,7 +312,7 @@ def _empty_outputs(query):
 def _na2d(query, key, value, rpb, pad_key, pad_value, *settings):
     tensors = (query, key, value, rpb, pad_key, pad_value)
     *others, needs_grad = settings
-    return _forward(tensors, *others, needs_grad or _any_requires_grad(tensors))
+    return _forward(tensors, *others, needs_grad=needs_grad or _any_requires_grad(tensors))
 
 
 @torch.library.impl("nat_dense::na2d_qkv", "CompositeExplicitAutograd")
