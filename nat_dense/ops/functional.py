@@ -309,10 +309,9 @@ def _empty_outputs(query):
 
 
 @torch.library.impl("nat_dense::na2d", "CompositeExplicitAutograd")
-def _na2d(query, key, value, rpb, pad_key, pad_value, *settings):
+def _na2d(query, key, value, rpb, pad_key, pad_value, kernel_size, dilation, scale, backend, needs_grad):
     tensors = (query, key, value, rpb, pad_key, pad_value)
-    *others, needs_grad = settings
-    return _forward(tensors, *others, needs_grad=needs_grad or _any_requires_grad(tensors))
+    return _forward(tensors, kernel_size, dilation, scale, backend, needs_grad or _any_requires_grad(tensors))
 
 
 @torch.library.impl("nat_dense::na2d_qkv", "CompositeExplicitAutograd")
