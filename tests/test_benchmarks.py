@@ -1,15 +1,10 @@
 """What the benchmarks compare with computes what it stands for."""
 
-import sys
 from contextlib import redirect_stdout
 from io import StringIO
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
 from swin_windows import SwinWindows
 
 

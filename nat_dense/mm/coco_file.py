@@ -48,13 +48,17 @@ def check_coco_file(file: Path, name: str, masks: bool, annotated: bool = True) 
             missing = [field for field in needed if field not in entry]
             if missing:
                 raise ValueError(f"{name}: {str(file)!r}: {key}[{i}] lacks {', '.join(map(repr, missing))}.")
-    _check_references(content, f"{name}: {str(file)!r}")
+    _check_entries(content, f"{name}: {str(file)!r}")
     return content
 
 
-def _check_references(content: dict[str, Any], where: str) -> None:
+def _check_entries(content: dict[str, Any], where: str) -> None:
+    """Checks the values that MMDetection relies on: references, boxes, and ids that are there once."""
+    if not content["images"]:
+        raise ValueError(f"{where} lists no images.")
     images = {image["id"] for image in content["images"]}
     categories = {category["id"] for category in content["categories"]}
+    seen: set[Any] = set()
     for i, annotation in enumerate(content["annotations"]):
         if annotation["category_id"] not in categories:
             raise ValueError(
@@ -62,10 +66,6 @@ def _check_references(content: dict[str, Any], where: str) -> None:
             )
         if annotation["image_id"] not in images:
             raise ValueError(f"{where}: annotations[{i}] has image_id {annotation['image_id']!r}, which no image has.")
-    if not images:
-        raise ValueError(f"{where} lists no images.")
-    seen: set[Any] = set()
-    for i, annotation in enumerate(content["annotations"]):
         if annotation.get("ignore"):  # MMDetection passes it over
             continue
         if annotation["id"] in seen:

@@ -20,8 +20,7 @@ from torch.utils.data import DataLoader
 
 from nat_dense.mm.coco_file import check_categories, check_coco_file
 from nat_dense.mm.config import evaluators
-from nat_dense.mm.errors import did_you_mean
-from nat_dense.mm.fields import check_fields, check_object, class_of
+from nat_dense.mm.fields import check_fields, check_node, known_class
 from nat_dense.mm.images import CHANNELS, Picture, find_bad_images, find_bad_labels, sample
 
 CHOICES = {"images": ("sample", "all", "none"), "bad_images": ("stop", "skip"), "other_classes": ("stop", "ignore")}
@@ -170,15 +169,8 @@ def _check_loader_fields(loader: dict, name: str) -> None:
 def _check_pipeline(source: Source) -> None:
     """Every transform exists and has the fields that it is given; those inside of others are not looked at."""
     for i, transform in enumerate(source.cfg.get("pipeline") or []):
-        name = f"{source.name}.pipeline[{i}]"
-        if not isinstance(transform, dict):
-            continue
-        cls = class_of(transform, TRANSFORMS)
-        if cls is None:
-            known = [*TRANSFORMS.module_dict, *(n for r in TRANSFORMS.children.values() for n in r.module_dict)]
-            hint = did_you_mean(str(transform.get("type")), known)
-            raise ValueError(f"{name}: there is no transform {transform.get('type')!r}.{hint}")
-        check_object(name, transform, cls)
+        if isinstance(transform, dict):
+            check_node(f"{source.name}.pipeline[{i}]", transform, TRANSFORMS)
     zero_is_void = source.cfg.get("reduce_zero_label")  # what a class sets itself is not known from outside
     loads = source.transform("LoadAnnotations").get("reduce_zero_label")
     if source.reader == SEGMENTATION_DATASET and None not in (loads, zero_is_void) and loads != zero_is_void:
@@ -209,9 +201,7 @@ def _sources(dataset: Any, name: str) -> Iterator[Source]:
         yield from _sources(part, f"{name}.datasets[{i}]")
     if "dataset" in dataset or "datasets" in dataset:
         return
-    cls = class_of(dataset, DATASETS)
-    if cls is None:
-        raise ValueError(f"{name}: there is no dataset type {dataset.get('type')!r}. Is it in custom_imports?")
+    cls = known_class(name, dataset, DATASETS)
     if isinstance(cls, type):
         yield Source(name, dataset, cls)
 
@@ -291,7 +281,7 @@ def _report_bad_images(source: Source, bad: dict[Path, str], total: int, checks:
     if not bad:
         return []
     faults = _listing(f"{path}: {fault}" for path, fault in bad.items())
-    message = f"{source.name}: {len(bad)} of {total} images can't be used. {faults}"
+    message = f"{source.name}: {len(bad)} of {total} images can't be used. {faults}."
     if checks["bad_images"] == "stop":
         raise ValueError(
             f"{message} Repair or remove them, or go on without: --cfg-options data_checks.bad_images=skip."
@@ -321,7 +311,7 @@ def _check_labels(source: Source, pictures: list[Picture], checks: dict[str, str
         meaning = f"0 (void), 1 to {count}" if zero_is_void else f"0 to {count - 1}"
         raise ValueError(
             f"{source.name}: {len(faults)} label maps don't fit. Expected {meaning} and {ignored} (ignored), for "
-            f"{count} classes with reduce_zero_label={zero_is_void}. {_listing(faults)} Check the classes and "
+            f"{count} classes with reduce_zero_label={zero_is_void}. {_listing(faults)}. Check the classes and "
             "reduce_zero_label, or repair the files."
         )
 
@@ -343,7 +333,7 @@ def _check_heads(model: dict, source: Source) -> None:
             of_texts = name == "bbox_head" and not roi_head and found is not None and found > count
             if found in (None, count) or head.get("class_agnostic") or several_losses or of_texts:
                 continue
-            names = _listing(source.classes)[:-1]
+            names = _listing(source.classes)
             raise ValueError(
                 f"{name}.num_classes is {found}, but {source.name} has {count} classes ({names}). "
                 f"Set num_classes={count} in every head, or the dataset's metainfo.classes."
@@ -383,4 +373,4 @@ def _check_same_images(file: Path, name: str, source: Source, annotated: bool) -
 def _listing(sentences: Any) -> str:
     sentences = list(sentences)
     more = f"; and {len(sentences) - LISTED} more" if len(sentences) > LISTED else ""
-    return "; ".join(sentences[:LISTED]) + more + "."
+    return "; ".join(sentences[:LISTED]) + more

@@ -26,6 +26,33 @@ def class_of(node: dict, registry: Registry) -> Any:
         return scoped.get(found)
 
 
+def check_node(name: str, node: dict, registry: Registry, others: Iterable[str] = ()) -> None:
+    """Checks the type and the fields of a config.
+
+    Args:
+        name, node, others: As in `check_object`.
+        registry: where its `type` is looked up.
+
+    Raises:
+        ValueError: there is no such type, or it has no such field.
+    """
+    check_object(name, node, known_class(name, node, registry), others)
+
+
+def known_class(name: str, node: dict, registry: Registry) -> Any:
+    """What the `type` of the config of this name stands for in the active scope.
+
+    Raises:
+        ValueError: there is no such type.
+    """
+    cls = class_of(node, registry)
+    if cls is None:
+        known = [key for part in (registry, *registry.children.values()) for key in part.module_dict]
+        kind, hint = registry.name.replace("_", " "), did_you_mean(str(node.get("type")), known)
+        raise ValueError(f"{name}: there is no {kind} {node.get('type')!r}.{hint} Is it in custom_imports?")
+    return cls
+
+
 def check_object(name: str, node: dict, cls: Any, others: Iterable[str] = ()) -> None:
     """Checks the fields of a config against its class, where that names all that it can be built with.
 

@@ -14,7 +14,6 @@ from mmengine.registry import DATASETS, MODELS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nat_dense.checkpoints import fetch
 from nat_dense.checkpoints.names import URLS
 from nat_dense.mm.errors import did_you_mean
 from nat_dense.mm.fields import check_object, class_of
@@ -23,7 +22,6 @@ from nat_dense.models.backbone import NeighborhoodBackbone
 
 TASK_OF_SCOPE = {"mmdet": "detection", "mmseg": "segmentation"}
 """The dilation presets made for each library start with these names."""
-
 
 OF_TORCHVISION = ("torchvision://", "modelzoo://")
 """How addresses start that MMEngine looks up in torchvision."""
@@ -98,17 +96,20 @@ def _load_initial_weights(model: nn.Module) -> None:
 
 
 def fetch_initial_weights(model: nn.Module) -> None:
-    """Fetches the published weights that our backbones of a model start from, which training would do too late.
+    """Fetches the weights that our backbones of a model start from, and loads them, which training would do too late.
+
+    Args:
+        model: the model, which is not kept.
 
     Raises:
         ConnectionError: they can't be had.
-        ValueError: what came is not what was published.
+        ValueError: what came is not what was published, or doesn't fit.
     """
-    for _, initializer in _initializers(model):
-        if Path(initializer.checkpoint).exists():
+    for module, initializer in _initializers(model):
+        if Path(initializer.checkpoint).exists():  # `check_model` has loaded it
             continue
         try:
-            fetch(initializer.checkpoint, sha256=initializer.reading["sha256"])
+            initializer.load_into(module)
         except ConnectionError as error:
             raise ConnectionError(f"{error}. model.backbone.init_cfg=None trains from scratch.") from error
 

@@ -5,16 +5,16 @@ at the first checkpoint, when all that was trained until then is lost, and one o
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import HOOKS, LOOPS, OPTIM_WRAPPERS, OPTIMIZERS, PARAM_SCHEDULERS, Registry
+from mmengine.registry import HOOKS, LOOPS, OPTIM_WRAPPERS, OPTIMIZERS, PARAM_SCHEDULERS
 from torch import nn
 
 from nat_dense.mm.errors import describe
-from nat_dense.mm.fields import check_fields, check_object, class_of
+from nat_dense.mm.fields import check_fields, check_node
 
 CONSTRUCTORS = ("DefaultOptimWrapperConstructor", "GroupedOptimWrapperConstructor")
 PARAMWISE = (
@@ -43,12 +43,12 @@ def check_training(cfg: Config, model: nn.Module) -> None:
     for name in ("train_cfg", "val_cfg", "test_cfg"):
         node = cfg.get(name)
         if isinstance(node, dict):
-            _check_node(name, {"type": _default_loop(name, node), **node}, LOOPS, ("by_epoch",))
+            check_node(name, {"type": _default_loop(name, node), **node}, LOOPS, ("by_epoch",))
     for name, node in _typed(cfg.get("param_scheduler"), "param_scheduler"):
-        _check_node(name, node, PARAM_SCHEDULERS, ("convert_to_iter_based",))
+        check_node(name, node, PARAM_SCHEDULERS, ("convert_to_iter_based",))
     for place in ("default_hooks", "custom_hooks"):
         for name, node in _typed(cfg.get(place), place):
-            _check_node(name, node, HOOKS, ("priority",))
+            check_node(name, node, HOOKS, ("priority",))
     wrapper = cfg.get("optim_wrapper")
     if isinstance(wrapper, dict) and isinstance(wrapper.get("optimizer"), dict) and "strategy" not in cfg:
         _check_optimizer(wrapper, model)
@@ -72,8 +72,8 @@ def _typed(node: Any, name: str) -> Iterator[tuple[str, dict]]:
 
 def _check_optimizer(wrapper: dict, model: nn.Module) -> None:
     own = {"type": "OptimWrapper", **wrapper}
-    _check_node("optim_wrapper", own, OPTIM_WRAPPERS, ("constructor", "paramwise_cfg"))
-    _check_node("optim_wrapper.optimizer", wrapper["optimizer"], OPTIMIZERS)
+    check_node("optim_wrapper", own, OPTIM_WRAPPERS, ("constructor", "paramwise_cfg"))
+    check_node("optim_wrapper.optimizer", wrapper["optimizer"], OPTIMIZERS)
     constructor = wrapper.get("constructor", CONSTRUCTORS[0])
     if constructor in CONSTRUCTORS:
         check_fields("optim_wrapper.paramwise_cfg", constructor, wrapper.get("paramwise_cfg") or {}, PARAMWISE)
@@ -85,11 +85,3 @@ def _check_optimizer(wrapper: dict, model: nn.Module) -> None:
         raise ValueError(f"optim_wrapper: {describe(error)}") from error
     finally:
         logging.disable(disabled)
-
-
-def _check_node(name: str, node: dict, registry: Registry, others: Iterable[str] = ()) -> None:
-    """Checks the type and the fields of a config."""
-    cls = class_of(node, registry)
-    if cls is None:
-        raise ValueError(f"{name}.type: MMEngine has no {registry.name} {node['type']!r}. Is it in custom_imports?")
-    check_object(name, node, cls, others)

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from nat_dense.ops.problem import Pair, Problem
+from nat_dense.ops.problem import Pair, Problem, why_no_gpu
 
 VARIANTS = ("flex",)
 """NATTEN's path through torch's flex_attention, on any device: slow, and what proves the adapter without a GPU."""
@@ -38,8 +38,8 @@ def why_not(problem: Problem, variant: str) -> str | None:
         return reason
     if not variant and not _load().HAS_LIBNATTEN:
         return "the installed NATTEN was built without its CUDA kernels (HAS_LIBNATTEN is False)"
-    if problem.device == "cuda" and not torch.cuda.is_available():
-        return "torch sees no GPU (torch.cuda.is_available() is False)"
+    if problem.device == "cuda" and (reason := why_no_gpu()):
+        return reason
     device = torch.device(problem.device, torch.cuda.current_device() if problem.device == "cuda" else 0)
     names = _names(problem.dtype, problem.head_dim, device)
     if not (_FLEX in names if variant else set(names) - {_FLEX}):

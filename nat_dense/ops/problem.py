@@ -64,6 +64,11 @@ def completed_size(size: Pair, kernel_size: Pair, dilation: Pair) -> Pair:
     return max(size[0], kernel_size[0] * dilation[0]), max(size[1], kernel_size[1] * dilation[1])
 
 
+def why_no_gpu() -> str | None:
+    """Why nothing runs on a GPU here, or None where torch sees one."""
+    return None if torch.cuda.is_available() else "torch sees no GPU (torch.cuda.is_available() is False)"
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast computes in on such a device, or None where it is off."""
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):

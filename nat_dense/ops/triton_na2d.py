@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from nat_dense.ops.problem import Pair, Problem, completed_size
+from nat_dense.ops.problem import Pair, Problem, completed_size, why_no_gpu
 
 LARGEST_KERNEL = 13
 LARGEST_HEAD_DIM = 128
@@ -83,8 +83,8 @@ def why_no_kernels(device: str) -> str | None:
         return None
     if device != "cuda":
         return f"the tensors are on {device}, not on a GPU (TRITON_INTERPRET=1 runs the kernels there, slowly)"
-    if not torch.cuda.is_available():
-        return "torch sees no GPU (torch.cuda.is_available() is False)"
+    if reason := why_no_gpu():
+        return reason
     if torch.version.hip is not None:
         return "the kernels have not been tried on AMD's GPUs"
     capability = torch.cuda.get_device_capability()

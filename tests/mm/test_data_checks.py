@@ -386,7 +386,7 @@ def test_remote_data_is_left_to_its_file_backend(coco):
 
 def test_unknown_dataset_type(coco):
     coco[0].train_dataloader.dataset.type = "CoocDataset"
-    assert "no dataset type 'CoocDataset'" in message(ValueError, coco[0])
+    assert "no dataset 'CoocDataset'. Did you mean 'CocoDataset'?" in message(ValueError, coco[0])
 
 
 def test_wrapped_datasets_are_checked(coco):

@@ -41,14 +41,14 @@ def test_a_config_passes_in_silence(config, capsys):
     [
         ("train_cfg.max_itrs=5", "train_cfg: IterBasedTrainLoop has no field 'max_itrs'. Did you mean 'max_iters'?"),
         ("val_cfg.fp17=True", "val_cfg: ValLoop has no field 'fp17'. Did you mean 'fp16'?"),
-        ("train_cfg.type=IterBasedTrainLop", "train_cfg.type: MMEngine has no loop 'IterBasedTrainLop'"),
+        ("train_cfg.type=IterBasedTrainLop", "no loop 'IterBasedTrainLop'. Did you mean 'IterBasedTrainLoop'?"),
         ("param_scheduler.0.begn=1", "param_scheduler.0: LinearLR has no field 'begn'. Did you mean 'begin'?"),
         ("default_hooks.checkpoint.intervall=3", "CheckpointHook has no field 'intervall'. Did you mean 'interval'?"),
-        ("default_hooks.logger.type=LogerHook", "default_hooks.logger.type: MMEngine has no hook 'LogerHook'"),
+        ("default_hooks.logger.type=LogerHook", "default_hooks.logger: there is no hook 'LogerHook'. Did you mean"),
         ("optim_wrapper.clip_grd=3", "optim_wrapper: OptimWrapper has no field 'clip_grd'. Did you mean 'clip_grad'?"),
         ("optim_wrapper.optimizer.lrr=1", "optim_wrapper.optimizer: AdamW has no field 'lrr'. Did you mean 'lr'?"),
         ("optim_wrapper.optimizer.lr=-1.0", "optim_wrapper: Invalid learning rate: -1.0"),
-        ("optim_wrapper.optimizer.type=Adamw", "optim_wrapper.optimizer.type: MMEngine has no optimizer 'Adamw'"),
+        ("optim_wrapper.optimizer.type=Adamw", "optim_wrapper.optimizer: there is no optimizer 'Adamw'. Did"),
         ("optim_wrapper.paramwise_cfg.norm_decay_mul=0", "no field 'norm_decay_mul'. Did you mean 'norm_decay_mult'?"),
     ],
 )
