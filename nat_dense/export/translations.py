@@ -33,7 +33,7 @@ def na2d(
     dilation: Sequence[int],
     scale: float,
     backend: str,
-    needs_grad: bool,
+    needs_grad: bool | None,
 ):
     """`torch.ops.nat_dense.na2d` in float32, one row of the window at a time.
 

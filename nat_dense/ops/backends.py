@@ -24,6 +24,7 @@ class Backend:
             where `why_not` declines every problem that needs a gradient.
         variants: What may follow the name and a colon: code paths of one back end, for tests and debugging.
         takes_rows: Whether `forward` has the keyword `rows` (first, last), which computes those rows alone.
+        spares_lse: Whether `forward` has the keyword `needs_lse`: without, no log-sum-exp is computed.
     """
 
     name: str
@@ -32,10 +33,11 @@ class Backend:
     backward: Callable | None
     variants: tuple[str, ...] = ()
     takes_rows: bool = False
+    spares_lse: bool = False
 
 
 TABLE = (
-    Backend("cpu", cpu.why_not, cpu.forward, cpu.backward, variants=cpu.VARIANTS, takes_rows=True),
+    Backend("cpu", cpu.why_not, cpu.forward, cpu.backward, cpu.VARIANTS, takes_rows=True, spares_lse=True),
     Backend("natten", natten_na2d.why_not, natten_na2d.forward, None, variants=natten_na2d.VARIANTS),
     Backend("triton", triton_na2d.why_not, triton_na2d.forward, triton_na2d.backward, variants=triton_na2d.VARIANTS),
     Backend("reference", lambda problem, variant: None, reference.forward, reference.backward),

@@ -7,6 +7,8 @@ the same for tokens in one tensor, whose gradient is one tensor too.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -75,7 +77,7 @@ def na2d(
         return reference.forward(*tensors, kernel_size, dilation, scale)[0]
     # Found out here, since in a compiled forward pass nothing says so. Programs that leave Python find out as they run.
     leaves_python = torch.jit.is_tracing() or is_exported()
-    needs_grad = not leaves_python and torch.is_grad_enabled() and _any_requires_grad(tensors)
+    needs_grad = None if leaves_python else torch.is_grad_enabled() and _any_requires_grad(tensors)
     out, _ = torch.ops.nat_dense.na2d(*tensors, list(kernel_size), list(dilation), scale, backend, needs_grad)
     return out
 
@@ -261,7 +263,7 @@ def _check_extras(
 
 _EXTRAS = "Tensor? rpb, Tensor? pad_key, Tensor? pad_value"
 _SETTINGS = "int[2] kernel_size, int[2] dilation, float scale, str backend"
-_FORWARD_SETTINGS = f"{_SETTINGS}, bool needs_grad"
+_FORWARD_SETTINGS = f"{_SETTINGS}, bool? needs_grad"  # None: unknown until it runs
 _OUTPUTS = "(Tensor out, Tensor lse)"
 torch.library.define(
     "nat_dense::na2d", f"(Tensor query, Tensor key, Tensor value, {_EXTRAS}, {_FORWARD_SETTINGS}) -> {_OUTPUTS}"
@@ -279,17 +281,20 @@ torch.library.define(
 )
 
 
-def _run(pass_name, tensors, rpb, kernel_size, dilation, scale, backend, needs_grad, rows=None):
+def _run(pass_name, tensors, rpb, kernel_size, dilation, scale, backend, needs_grad, needs_lse=True, rows=None):
     """Chooses the back end and calls it with tensors whose head_dim has unit stride."""
     tensors = [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors]
     kernel_size, dilation = tuple(kernel_size), tuple(dilation)
     query = tensors[0] if pass_name == "forward" else tensors[1]
     problem = Problem.of(query, rpb, kernel_size, dilation, needs_grad)
-    with torch.cuda.device_of(query):  # back ends ask what the current GPU can run
+    # Back ends ask what the current GPU can run. (Without one, the context alone would cost half a microsecond.)
+    with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
         row, variant = backends.select(problem, backend)
-    keywords = {"variant": variant} if row.variants else {}
+    keywords: dict = {"variant": variant} if row.variants else {}
     if rows is not None and row.takes_rows:
         keywords["rows"] = rows
+    if not needs_lse and row.spares_lse:
+        keywords["needs_lse"] = False
     return getattr(row, pass_name)(*tensors, kernel_size, dilation, scale, **keywords)
 
 
@@ -301,7 +306,10 @@ def _forward(tensors, kernel_size, dilation, scale, backend, needs_grad):
     query, rpb = tensors[0], tensors[3]
     if query.numel() == 0:
         return _empty_outputs(query)
-    return _run("forward", tensors, rpb, kernel_size, dilation, scale, backend, needs_grad)
+    needs_lse = needs_grad is not False  # what a compiler makes of a program of which it isn't known may need it
+    if needs_grad is None:
+        needs_grad = _any_requires_grad(tensors)
+    return _run("forward", tensors, rpb, kernel_size, dilation, scale, backend, needs_grad, needs_lse)
 
 
 def _empty_outputs(query):
@@ -310,8 +318,7 @@ def _empty_outputs(query):
 
 @torch.library.impl("nat_dense::na2d", "CompositeExplicitAutograd")
 def _na2d(query, key, value, rpb, pad_key, pad_value, kernel_size, dilation, scale, backend, needs_grad):
-    tensors = (query, key, value, rpb, pad_key, pad_value)
-    return _forward(tensors, kernel_size, dilation, scale, backend, needs_grad or _any_requires_grad(tensors))
+    return _forward((query, key, value, rpb, pad_key, pad_value), kernel_size, dilation, scale, backend, needs_grad)
 
 
 @torch.library.impl("nat_dense::na2d_qkv", "CompositeExplicitAutograd")
@@ -334,7 +341,8 @@ def _na2d_rows(query, key, value, rpb, kernel_size, dilation, scale, rows, backe
     if query.numel() == 0:
         return query[:, slice(*rows)].clone()
     tensors = (query, key, value, rpb, None, None)
-    out, _ = _run("forward", tensors, rpb, kernel_size, dilation, scale, backend, False, tuple(rows))
+    settings = (kernel_size, dilation, scale, backend)
+    out, _ = _run("forward", tensors, rpb, *settings, needs_grad=False, needs_lse=False, rows=tuple(rows))
     return out[:, slice(*rows)]
 
 
@@ -360,7 +368,9 @@ def _empty_gradients(query, *extras):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.kernel_size, ctx.dilation, ctx.scale, ctx.backend, _needs_grad = inputs
+    *tensors, ctx.kernel_size, ctx.dilation, ctx.scale, ctx.backend, needs_grad = inputs
+    if needs_grad is False:
+        raise RuntimeError("needs_grad=False rules a gradient out, and one is asked for: expected True or None")
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 

@@ -184,6 +184,46 @@ def test_back_ends_know_of_the_gradient_ahead(monkeypatch, way):
     assert asked.needs_grad == [False]
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_program_that_is_trained_compiled(strict):
+    """Nothing in its graph says that a gradient will be asked for."""
+    tensors = CASE.tensors(torch.float32)
+    grad_out, rpb = tensors["grad_out"], tensors["rpb"].detach()
+    leaves = tuple(tensors[name] for name in ("query", "key", "value"))
+
+    class Module(torch.nn.Module):
+        def forward(self, query, key, value):
+            return na2d(query, key, value, CASE.kernel_size, CASE.dilation, rpb)
+
+    program = torch.export.export(Module(), tuple(t.detach() for t in leaves), strict=strict).module()
+    wanted = torch.autograd.grad(Module()(*leaves), leaves, grad_out)
+    for run in (program, torch.compile(program, backend="aot_eager")):
+        torch.testing.assert_close(torch.autograd.grad(run(*leaves), leaves, grad_out), wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", [CASE, PADDED], ids=lambda case: case.name)
+def test_log_sum_exps_that_nobody_wants(case, backend):
+    """The operator may spare them where no gradient will be asked for: NaN, and the same result."""
+    tensors = {name: t if t is None else t.detach() for name, t in case.tensors(torch.float32).items()}
+    tensors.pop("grad_out")
+    settings = (list(case.kernel_size), list(case.dilation), 0.3, backend)
+    out, lse = torch.ops.nat_dense.na2d(*tensors.values(), *settings, True)
+    for needs_grad, is_spared in ((None, False), (False, backend.startswith("cpu"))):
+        found, sums = torch.ops.nat_dense.na2d(*tensors.values(), *settings, needs_grad)
+        assert torch.equal(found, out)
+        assert sums.isnan().all() if is_spared else torch.equal(sums, lse)
+
+
+@pytest.mark.parametrize("name", ["na2d", "na2d_qkv"])
+def test_a_gradient_that_was_ruled_out_is_refused(name):
+    tensors = CASE.tensors(torch.float32) if name == "na2d" else CASE.packed(torch.float32)
+    tensors.pop("grad_out")
+    settings = (list(CASE.kernel_size), list(CASE.dilation), 0.3, "auto")
+    with pytest.raises(RuntimeError, match=r"needs_grad=False rules a gradient out, .* expected True or None"):
+        getattr(torch.ops.nat_dense, name)(*tensors.values(), *settings, False)
+
+
 def test_head_dim_without_unit_stride_is_accepted():
     query, key, value = torch.randn(3, 1, 16, 9, 11, 2).permute(0, 1, 3, 4, 5, 2)
     expected = na2d(query.contiguous(), key.contiguous(), value.contiguous(), 3)

@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <limits>
 #include <memory>
 #include <string>
 #include <tuple>
@@ -180,13 +181,17 @@ void each_item(const std::vector<Item>& items, int64_t scratch, F&& f) {
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& rpb,
                                    const OptionalTensor& pad_key, const OptionalTensor& pad_value,
                                    at::IntArrayRef kernel_size, at::IntArrayRef dilation, double scale,
-                                   int64_t first, int64_t last, std::string isa) {
+                                   int64_t first, int64_t last, bool needs_lse, std::string isa) {
   Problem problem(query, key, value, rpb, pad_key, pad_value, kernel_size, dilation, scale, isa, false);
   TORCH_CHECK(0 <= first && first <= last && last <= query.size(1), "no rows [", first, ", ", last, ") in the map");
   Tensor out = empty(query.sizes(), problem.type);
   Tensor lse = at::empty(query.sizes().slice(0, 4), problem.accumulation);
   problem.call.out = map_of(out);
-  problem.call.lse = lse.mutable_data_ptr();
+  if (needs_lse) {
+    problem.call.lse = lse.mutable_data_ptr();
+  } else {
+    lse.fill_(std::numeric_limits<double>::quiet_NaN());  // whoever reads them nevertheless shall notice
+  }
   const Call& call = problem.call;
   each_item(items_of(call, call.segment_count, first, last), problem.kernels.forward_scratch(call),
             [&](const Item& item, void* memory) { problem.kernels.forward(call, item, memory); });
@@ -340,7 +345,8 @@ TORCH_LIBRARY(nat_dense_cpu, m) {
   m.def("instruction_sets() -> str[]", &instruction_sets);
   m.def(
       "forward(Tensor query, Tensor key, Tensor value, Tensor? rpb, Tensor? pad_key, Tensor? pad_value, "
-      "int[2] kernel_size, int[2] dilation, float scale, int first, int last, str isa) -> (Tensor, Tensor)");
+      "int[2] kernel_size, int[2] dilation, float scale, int first, int last, bool needs_lse, "
+      "str isa) -> (Tensor, Tensor)");
   m.def(
       "backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? rpb, Tensor? pad_key, "
       "Tensor? pad_value, Tensor lse, int[2] kernel_size, int[2] dilation, float scale, str isa) -> Tensor[]");

@@ -135,7 +135,7 @@ class Forward {
       pack<V>(rows.query[r], tile.first, T(call_.scale * kLog2E), query_ + r * dim * lanes, lanes);
       // Results are asked for ahead too: stores wait for lines that aren't there.
       for (int i = 0; i < tile.lanes && call_.fetch; ++i) {
-        prefetch(rows.lse[r] + segment_.query_column[tile.first + i] * call_.heads);
+        if (call_.lse) prefetch(rows.lse[r] + segment_.query_column[tile.first + i] * call_.heads);
         if (!stream_) Tokens<S>::fetch(rows.out[r] + column[i], dim);
       }
     }
@@ -143,7 +143,8 @@ class Forward {
     score<V>(block, tile, query_, dim * lanes, lanes, rows.keys, key_step_, dim, &bias_, weight_, window_ * lanes,
              lanes, kernel_columns, [&](int64_t i) { return next_.at(i, key_column, next_column); });
     for (int r = 0; r < block.count; ++r) {
-      store_lse(rows.lse[r], tile, softmax(block, tile, r));
+      const LogSum sum = softmax(block, tile, r);
+      if (call_.lse) store_lse(rows.lse[r], tile, sum);
     }
     const T* pad_value = call_.pad_key ? static_cast<const T*>(call_.pad_value) + item_.head * dim : nullptr;
     const Gather<V> gather(call_, block, tile, weight_, window_ * lanes, lanes, rows.values, channels_);
@@ -156,8 +157,13 @@ class Forward {
         });
   }
 
-  // Turns the logits of query row r into weights that are to be divided by their sum, and returns the log-sum-exp.
-  V softmax(const RowBlock& block, const Tile& tile, int r) {
+  // Of powers of two: total * 2^most.
+  struct LogSum {
+    V most, total;
+  };
+
+  // Turns the logits of query row r into weights that are to be divided by their sum.
+  LogSum softmax(const RowBlock& block, const Tile& tile, int r) {
     const int64_t dim = call_.dim, lanes = V::kLanes;
     T* weight = weight_ + r * window_ * lanes;
     const PadWindow<V> pads{tile, call_.rows.kernel, call_.columns.kernel, block.limit(r)};
@@ -178,7 +184,7 @@ class Forward {
     const V total = reduce(V::zero(), take, both);
     if (call_.pad_key) pads.take(weight, lanes).store(padded_ + r * lanes);
     (V::broadcast(T(1)) / total).store(factor_ + r * lanes);
-    return (most + log2(total)) * V::broadcast(T(kLn2));
+    return {most, total};
   }
 
   // All values of the window together, in four chains: they wait less and round less than one.
@@ -196,9 +202,9 @@ class Forward {
     return both(both(a, b), both(c, d));
   }
 
-  void store_lse(T* out, const Tile& tile, V lse) const {
+  void store_lse(T* out, const Tile& tile, const LogSum& sum) const {
     T lanes[V::kLanes];
-    lse.store(lanes);
+    ((sum.most + log2(sum.total)) * V::broadcast(T(kLn2))).store(lanes);
     for (int i = 0; i < tile.lanes; ++i) out[segment_.query_column[tile.first + i] * call_.heads] = lanes[i];
   }
 

@@ -107,7 +107,7 @@ struct Call {
   bool fetch;
 
   Map out;    // forward
-  void* lse;  // accumulation type, [B, H, W, heads]
+  void* lse;  // accumulation type, [B, H, W, heads]; null in a forward pass that nothing follows
 
   Map grad_out, grad_query;  // backward
   Map grad_key, grad_value;  // accumulation type

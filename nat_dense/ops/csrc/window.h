@@ -47,9 +47,11 @@ S* row_of(const Group& rows, const Item& item, const Map& map, int64_t place) {
   return head + rows.token(place) * map.row;
 }
 
-// The log-sum-exp of the first token of one place; those of other columns are call.heads further each.
+// The log-sum-exp of the first token of one place; those of other columns are call.heads further each. Null where nobody
+// wants them.
 template <class T>
 T* lse_of(const Call& call, const Group& rows, const Item& item, int64_t place) {
+  if (!call.lse) return nullptr;
   const int64_t row = item.batch * call.rows.length + rows.token(place);
   return static_cast<T*>(call.lse) + row * call.columns.length * call.heads + item.head;
 }
