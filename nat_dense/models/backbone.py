@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
@@ -205,6 +206,10 @@ class NeighborhoodBackbone(BaseModule):
             kernel_size=kernel_size,
             layer_scale=layer_scale,
         )
+        rates = dict(drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
+        others = dict(in_chans=in_chans, qkv_bias=qkv_bias, qk_scale=qk_scale, with_cp=with_cp)
+        _check_kinds(given | rates | others | dict(out_indices=out_indices, frozen_stages=frozen_stages))
+        _check_rates(rates)
         fields = _architecture(self.family, arch, given)
         embed_dim, depths, num_heads = fields["embed_dim"], tuple(fields["depths"]), tuple(fields["num_heads"])
         if len(depths) != len(num_heads) or not depths or min(depths) < 1:
@@ -212,7 +217,6 @@ class NeighborhoodBackbone(BaseModule):
         if dilations is None and arch is not None:
             dilations = self.default_dilations
         dilations = _resolve_dilations(self.family, dilations, depths)
-        _check_rates(drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
 
         self.arch = arch
         self.in_chans = in_chans
@@ -223,7 +227,7 @@ class NeighborhoodBackbone(BaseModule):
         self.patch_embed = self.tokenizer(in_chans, embed_dim)
         self.pos_drop = nn.Dropout(drop_rate)
 
-        rates = (drop_path_rate * i / max(1, sum(depths) - 1) for i in range(sum(depths)))
+        paths = (drop_path_rate * i / max(1, sum(depths) - 1) for i in range(sum(depths)))
         stages = nn.ModuleList()
         for i, depth in enumerate(depths):
             attention = dict(num_heads=num_heads[i], kernel_size=fields["kernel_size"], qkv_bias=qkv_bias)
@@ -233,7 +237,7 @@ class NeighborhoodBackbone(BaseModule):
                     self.num_features[i],
                     fields["mlp_ratio"],
                     fields["layer_scale"],
-                    next(rates),
+                    next(paths),
                     drop_rate,
                     attention | dict(dilation=dilations[i][j]),
                 )
@@ -328,6 +332,8 @@ def _resolve_dilations(family: str, dilations: Dilations, depths: tuple[int, ...
         return tuple((1,) * depth for depth in depths)
     if isinstance(dilations, str):
         return variants.dilations_for(family, dilations, depths)
+    if not _are_rows(dilations):
+        raise ValueError(f"dilations={dilations!r}: expected a list of whole numbers a stage, or the name of a preset")
     resolved = tuple((1,) * depth if row is None else tuple(row) for row, depth in zip(dilations, depths, strict=False))
     if len(dilations) != len(depths) or any(len(row) != depth for row, depth in zip(resolved, depths, strict=True)):
         found = [None if row is None else len(row) for row in dilations]
@@ -335,7 +341,46 @@ def _resolve_dilations(family: str, dilations: Dilations, depths: tuple[int, ...
     return resolved
 
 
-def _check_rates(**rates: float) -> None:
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _are_whole(values: Any) -> bool:
+    return isinstance(values, Sequence) and all(map(_is_whole, values))
+
+
+def _are_rows(values: Any) -> bool:
+    return isinstance(values, Sequence) and all(row is None or _are_whole(row) for row in values)
+
+
+_KINDS: dict[str, tuple[Callable[[object], bool], tuple[str, ...]]] = {
+    "a whole number": (_is_whole, ("embed_dim", "kernel_size", "in_chans", "frozen_stages")),
+    "a list of whole numbers": (_are_whole, ("depths", "num_heads", "out_indices")),
+    "a number": (
+        _is_number,
+        ("mlp_ratio", "layer_scale", "qk_scale", "drop_rate", "attn_drop_rate", "drop_path_rate"),
+    ),
+    "True or False": (lambda value: isinstance(value, bool), ("qkv_bias", "with_cp")),
+}
+"""What fields have to be, how to tell, and which: those of a config get here as they were written."""
+
+_OPTIONAL = ("embed_dim", "depths", "num_heads", "mlp_ratio", "kernel_size", "layer_scale", "qk_scale")
+"""Fields that None stands for another value of."""
+
+
+def _check_kinds(given: dict) -> None:
+    for kind, (fits, names) in _KINDS.items():
+        for name in names:
+            value = given[name]
+            if not fits(value) and not (value is None and name in _OPTIONAL):
+                raise ValueError(f"{name}={value!r}: expected {kind}")
+
+
+def _check_rates(rates: dict[str, float]) -> None:
     for name, rate in rates.items():
         if not 0.0 <= rate < 1.0:
             raise ValueError(f"{name}={rate}: expected a probability in [0, 1)")

@@ -182,7 +182,7 @@ def variant(family: str, arch: str) -> Variant:
         ValueError: The family has no such row.
     """
     rows = VARIANTS[family]
-    if arch not in rows:
+    if not isinstance(arch, str) or arch not in rows:
         raise ValueError(f"arch={arch!r} is not a {family}; expected one of {', '.join(rows)}")
     return rows[arch]
 

@@ -49,6 +49,16 @@ def test_out_indices_choose_the_maps_and_the_norms(family):
         ({**SMALL, "drop_path_rate": 1.5}, "drop_path_rate=1.5: expected a probability"),
         ({**SMALL, "embed_dim": 33}, "embed_dim=33: expected an even number"),
         ({**SMALL, "backend": "cuda"}, "backend='cuda' is not known"),
+        ({"arch": ["tiny"]}, r"arch=\['tiny'\] is not a NAT; expected one of nano"),
+        ({**SMALL, "depths": 3}, "depths=3: expected a list of whole numbers"),
+        ({**SMALL, "depths": [3, 4, 6, "5"]}, r"depths=\[3, 4, 6, '5'\]: expected a list of whole numbers"),
+        ({**SMALL, "out_indices": "0123"}, "out_indices='0123': expected a list of whole numbers"),
+        ({**SMALL, "embed_dim": 64.0}, "embed_dim=64.0: expected a whole number"),
+        ({**SMALL, "frozen_stages": True}, "frozen_stages=True: expected a whole number"),
+        ({**SMALL, "drop_path_rate": "0.2"}, "drop_path_rate='0.2': expected a number"),
+        ({**SMALL, "attn_drop_rate": None}, "attn_drop_rate=None: expected a number"),
+        ({**SMALL, "with_cp": "no"}, "with_cp='no': expected True or False"),
+        ({**SMALL, "dilations": [1, 2]}, r"dilations=\[1, 2\]: expected a list of whole numbers a stage"),
     ],
 )
 def test_bad_fields_are_named(fields, message):
