@@ -74,6 +74,41 @@ def _check_entries(content: dict[str, Any], where: str) -> None:
         box = annotation["bbox"]
         if not isinstance(box, list) or len(box) != 4 or not all(isinstance(x, (int, float)) for x in box):
             raise ValueError(f"{where}: annotations[{i}].bbox is {box!r}: expected [x, y, width, height] in pixels.")
+        if not isinstance(annotation["area"], (int, float)):
+            raise ValueError(f"{where}: annotations[{i}].area is {annotation['area']!r}: expected a number of pixels.")
+
+
+def check_boxes(content: dict[str, Any], where: str) -> list[str]:
+    """Tells of boxes that MMDetection trains without: smaller than a pixel, or outside their image.
+
+    Args:
+        content: what `check_coco_file` returned.
+        where: the name of the file, for messages.
+
+    Returns:
+        Warnings for the user.
+
+    Raises:
+        ValueError: there are no others, as where boxes are fractions of the image.
+    """
+    sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+    counted = [annotation for annotation in content["annotations"] if not annotation.get("ignore")]
+    left_out = [a for a in counted if not _is_trained_with(a, *sizes[a["image_id"]])]
+    if not left_out:
+        return []
+    first = left_out[0]
+    size = "x".join(map(str, sizes[first["image_id"]]))
+    example = f"{first['bbox']} (id {first['id']!r}) on {size} pixels"
+    found = f"smaller than a pixel or outside their image, such as {example}"
+    if len(left_out) == len(counted):
+        raise ValueError(f"{where}: all {len(counted)} boxes are {found}: expected [x, y, width, height] in pixels.")
+    return [f"{where}: {len(left_out)} of {len(counted)} boxes are left out: {found}."]
+
+
+def _is_trained_with(annotation: dict[str, Any], width: float, height: float) -> bool:
+    x, y, box_width, box_height = annotation["bbox"]
+    is_inside = min(x + box_width, width) > max(x, 0) and min(y + box_height, height) > max(y, 0)
+    return is_inside and min(box_width, box_height) >= 1 and annotation["area"] > 0
 
 
 def check_categories(content: dict[str, Any], classes: Sequence[str], file: str, ignore_others: bool) -> None:

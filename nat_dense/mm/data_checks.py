@@ -18,7 +18,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, TRANSFORMS
 from torch.utils.data import DataLoader
 
-from nat_dense.mm.coco_file import check_categories, check_coco_file
+from nat_dense.mm.coco_file import check_boxes, check_categories, check_coco_file
 from nat_dense.mm.config import evaluators
 from nat_dense.mm.fields import check_fields, check_node, known_class
 from nat_dense.mm.images import CHANNELS, Picture, find_bad_images, find_bad_labels, sample
@@ -120,7 +120,8 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
         named: dict[str, Path] = {}
         for source in _sources(cfg[loader].get("dataset"), f"{loader}.dataset"):
             _check_pipeline(source)
-            pictures = _find_pictures(source, checks, annotated=scored)
+            pictures, notices = _find_pictures(source, checks, annotated=scored)
+            warnings += notices
             bad = find_bad_images(pictures, checks["images"], _expected_channels(cfg, source))
             warnings += _report_bad_images(source, bad, len(pictures), checks)
             unread = len(pictures) - len(sample(pictures, checks["images"]))
@@ -212,10 +213,11 @@ def _is_scored(cfg: Config, loader: str) -> bool:
     return not found or not all(evaluator.get("format_only") for evaluator in found)
 
 
-def _find_pictures(source: Source, checks: dict[str, str], annotated: bool) -> list[Picture]:
+def _find_pictures(source: Source, checks: dict[str, str], annotated: bool) -> tuple[list[Picture], list[str]]:
+    """The images of a dataset whose form is known, and warnings for the user."""
     root = source.cfg.get("data_root")
     if source.cfg.get("backend_args") or "://" in (root or ""):
-        return []  # Remote storage: looking up every file would take longer than finding out.
+        return [], []  # Remote storage: looking up every file would take longer than finding out.
     if root and not Path(root).is_dir():
         raise FileNotFoundError(
             f"{source.name}.data_root: no directory {root!r}. Set it with --cfg-options {source.name}.data_root=DIR."
@@ -227,18 +229,21 @@ def _find_pictures(source: Source, checks: dict[str, str], annotated: bool) -> l
         masks = bool(source.transform("LoadAnnotations").get("with_mask"))
         content = check_coco_file(file, f"{source.name}.ann_file", masks, annotated)
         check_categories(content, source.classes, str(file), ignore_others=checks["other_classes"] == "ignore")
+        trains = not source.argument("test_mode")
         leaves_out_empty = (source.cfg.get("filter_cfg") or {}).get("filter_empty_gt")
-        if leaves_out_empty and not source.argument("test_mode") and not content["annotations"]:
+        if leaves_out_empty and trains and not content["annotations"]:
             raise ValueError(
                 f"{source.name}.ann_file: {str(file)!r} has no annotations, and filter_cfg.filter_empty_gt leaves out "
                 "images without any: none is left."
             )
-        return [Picture(folder / image["file_name"], (image["width"], image["height"])) for image in content["images"]]
+        notices = check_boxes(content, f"{source.name}.ann_file: {str(file)!r}") if trains else []
+        pictures = [Picture(folder / i["file_name"], (i["width"], i["height"])) for i in content["images"]]
+        return pictures, notices
     if source.reader == SEGMENTATION_DATASET:
         images = _folder(source, "img_path", prefix.get("img_path"))
         labels = _folder(source, "seg_map_path", prefix["seg_map_path"]) if prefix.get("seg_map_path") else None
-        return _segmentation_pictures(source, images, labels)
-    return []
+        return _segmentation_pictures(source, images, labels), []
+    return [], []
 
 
 def _folder(source: Source, key: str, value: str | None) -> Path:

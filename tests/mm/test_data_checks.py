@@ -62,6 +62,29 @@ def test_good_data_passes_without_a_word(coco, ade):
     assert check_data(ade[0], TRAIN) == []
 
 
+@pytest.mark.parametrize(
+    ("bbox", "area"), [([70, 8, 0.5, 32], 16), ([96, 0, 10, 10], 100), ([-20, 0, 20, 10], 200), ([16, 8, 48, 32], 0)]
+)
+def test_boxes_that_are_not_trained_with(coco, bbox, area):
+    cfg, root = coco
+    edit_annotations(root, lambda c: c["annotations"][1].update(bbox=bbox, area=area))
+    (notice,) = check_data(cfg, TRAIN)
+    assert "train_dataloader.dataset.ann_file: " in notice
+    assert f"1 of 4 boxes are left out: smaller than a pixel or outside their image, such as {bbox} (id 2)" in notice
+    instances = [len(DATASETS.build(cfg.train_dataloader.dataset).get_data_info(i)["instances"]) for i in range(4)]
+    assert instances == [1, 0, 1, 1]  # MMDetection says nothing of it
+    edit_annotations(root, lambda c: c["annotations"][1].update(ignore=1))
+    assert check_data(cfg, TRAIN) == []
+
+
+def test_boxes_as_fractions_of_the_image(coco):
+    cfg, root = coco
+    edit_annotations(root, lambda c: [a.update(bbox=[0.1, 0.1, 0.5, 0.5]) for a in c["annotations"]])
+    text = message(ValueError, cfg)
+    assert "all 4 boxes are smaller than a pixel or outside their image, such as [0.1, 0.1, 0.5, 0.5] (id 1)" in text
+    assert text.endswith("on 96x64 pixels: expected [x, y, width, height] in pixels.")
+
+
 def test_missing_data_root(coco):
     cfg, _ = coco
     cfg.train_dataloader.dataset.data_root = "nowhere"
@@ -117,6 +140,7 @@ def test_annotation_file_that_is_not_json(coco):
         (lambda c: c["annotations"][1].update(id=c["annotations"][0]["id"]), "annotations[1] has the id"),
         (lambda c: c["annotations"][1].update(bbox=["1", 2, 3, 4]), "annotations[1].bbox is ['1', 2, 3, 4]"),
         (lambda c: c["annotations"][1].update(bbox=[1, 2, 3]), "annotations[1].bbox is [1, 2, 3]"),
+        (lambda c: c["annotations"][1].update(area="large"), "annotations[1].area is 'large'"),
     ],
 )
 def test_annotation_file_that_lacks_something(coco, change, expected):
