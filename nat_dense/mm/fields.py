@@ -47,9 +47,15 @@ def known_class(name: str, node: dict, registry: Registry) -> Any:
     """
     cls = class_of(node, registry)
     if cls is None:
-        known = [key for part in (registry, *registry.children.values()) for key in part.module_dict]
-        kind, hint = registry.name.replace("_", " "), did_you_mean(str(node.get("type")), known)
-        raise ValueError(f"{name}: there is no {kind} {node.get('type')!r}.{hint} Is it in custom_imports?")
+        kind = registry.name.replace("_", " ")
+        if node.get("type") is None:
+            raise ValueError(f"{name} has no type: expected the {kind}'s name")
+        others = [f"{scope}.{key}" for scope, part in registry.children.items() for key in part.module_dict]
+        with registry.switch_scope_and_registry(node.get("_scope_")) as scoped:
+            known = [*scoped.module_dict, *registry.module_dict, *others]
+        same = [key for key in others if key.endswith(f".{node['type']}")]
+        hint = did_you_mean(str(node["type"]), same or known)
+        raise ValueError(f"{name}: there is no {kind} {node['type']!r}.{hint} Is it in custom_imports?")
     return cls
 
 

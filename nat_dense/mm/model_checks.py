@@ -89,9 +89,9 @@ def _check_source(source: str, name: str, field: str) -> None:
 
 
 def _load_initial_weights(model: nn.Module) -> None:
-    """Loads local files into our backbones of a model that is not kept, for the errors that this may raise."""
+    """Loads what lies on disk into our backbones of a model that is not kept, for the errors that this may raise."""
     for module, initializer in _initializers(model):
-        if Path(initializer.checkpoint).is_file():
+        if Path(initializer.checkpoint).exists():
             initializer.load_into(module)
 
 

@@ -17,7 +17,9 @@ VARIANTS = ("avx512", "avx2", "portable")
 
 LARGEST_KERNEL = 13
 
-_OPERATORS = ("instruction_sets", "forward", "backward", "linear_gradient", "gelu_backward_")
+_OPERATORS = {"instruction_sets": 0, "forward": 13, "backward": 12, "linear_gradient": 4, "gelu_backward_": 3}
+"""What the kernels are called by, and the number of arguments, by which older ones are told."""
+
 _FOLDER = Path(__file__).parent
 _BUILD = "pip install -e . --no-build-isolation"
 
@@ -32,13 +34,18 @@ def _load() -> str | None:
         torch.ops.load_library(library)
     except OSError as error:
         return f"the native kernels don't load, perhaps because torch was changed ({error}): build them with `{_BUILD}`"
-    missing = [name for name in _OPERATORS if not hasattr(torch.ops.nat_dense_cpu, name)]
-    if missing:
-        names = ", ".join(missing)
-        return f"the native kernels were built from older sources, without {names}: build them with `{_BUILD}`"
+    others = [name for name, count in _OPERATORS.items() if _count_arguments(name) != count]
+    if others:
+        names = ", ".join(others)
+        return f"the native kernels were built from other sources, with another {names}: build them with `{_BUILD}`"
     torch.library.register_fake("nat_dense_cpu::linear_gradient", _linear_gradient_fake)
     torch.library.register_fake("nat_dense_cpu::gelu_backward_", lambda _grad, x, _variant: torch.empty_like(x))
     return None
+
+
+def _count_arguments(name: str) -> int | None:
+    operator = getattr(torch.ops.nat_dense_cpu, name, None)
+    return None if operator is None else len(operator.default._schema.arguments)
 
 
 def _why_not_built() -> str:

@@ -76,8 +76,9 @@ def na2d(
             tensors = (*tokens, *extras)
         return reference.forward(*tensors, kernel_size, dilation, scale)[0]
     # Found out here, since in a compiled forward pass nothing says so. Programs that leave Python find out as they run.
+    # Tensors that need none rule it out only without grad mode: recorders look at them once, and others may follow.
     leaves_python = torch.jit.is_tracing() or is_exported()
-    needs_grad = None if leaves_python else torch.is_grad_enabled() and _any_requires_grad(tensors)
+    needs_grad = None if leaves_python else torch.is_grad_enabled() and (_any_requires_grad(tensors) or None)
     out, _ = torch.ops.nat_dense.na2d(*tensors, list(kernel_size), list(dilation), scale, backend, needs_grad)
     return out
 
@@ -370,7 +371,10 @@ def _empty_gradients(query, *extras):
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.kernel_size, ctx.dilation, ctx.scale, ctx.backend, needs_grad = inputs
     if needs_grad is False:
-        raise RuntimeError("needs_grad=False rules a gradient out, and one is asked for: expected True or None")
+        raise RuntimeError(
+            "needs_grad=False rules a gradient out, and one is asked for: expected True or None. A program that was "
+            "traced under torch.no_grad() has to be traced without it"
+        )
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 

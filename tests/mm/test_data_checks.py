@@ -1,5 +1,6 @@
 """Bad data is refused before training starts, with a message that names it."""
 
+import importlib
 import json
 import re
 import shutil
@@ -411,6 +412,12 @@ def test_remote_data_is_left_to_its_file_backend(coco):
 def test_unknown_dataset_type(coco):
     coco[0].train_dataloader.dataset.type = "CoocDataset"
     assert "no dataset 'CoocDataset'. Did you mean 'CocoDataset'?" in message(ValueError, coco[0])
+
+
+def test_a_dataset_of_another_library_is_proposed_with_its_scope(coco):
+    importlib.import_module("mmseg.datasets")
+    coco[0].train_dataloader.dataset.type = "ADE20KDataset"
+    assert "no dataset 'ADE20KDataset'. Did you mean 'mmseg.ADE20KDataset'?" in message(ValueError, coco[0])
 
 
 def test_wrapped_datasets_are_checked(coco):

@@ -140,12 +140,23 @@ def test_initial_weights_that_are_none_or_do_not_fit(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_initial_weights_by_published_name_or_from_a_folder(tmp_path):
+def test_initial_weights_by_published_name():
     """Nothing is fetched by the check."""
-    for checkpoint in ("nat-tiny", str(tmp_path)):
-        cfg = detector()
-        cfg.model.backbone.init_cfg = dict(type="Pretrained", checkpoint=checkpoint)
-        assert check_model(cfg)[0].backbone.init_cfg["checkpoint"] == checkpoint
+    cfg = detector()
+    cfg.model.backbone.init_cfg = dict(type="Pretrained", checkpoint="nat-tiny")
+    assert check_model(cfg)[0].backbone.init_cfg["checkpoint"] == "nat-tiny"
+
+
+def test_initial_weights_from_a_folder(tmp_path):
+    cfg = detector()
+    cfg.model.backbone.init_cfg = dict(type="Pretrained", checkpoint=str(tmp_path))
+    with pytest.raises((FileNotFoundError, ValueError), match=re.escape(str(tmp_path))):
+        check_model(cfg)
+    torch.save(NAT(arch="mini").state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="the weights don't fit the model"):
+        check_model(cfg)
+    torch.save(NAT(arch="nano").state_dict(), tmp_path / "pytorch_model.bin")
+    check_model(cfg)
 
 
 def test_batch_norm_with_one_image():

@@ -49,6 +49,7 @@ def test_a_config_passes_in_silence(config, capsys):
         ("optim_wrapper.optimizer.lrr=1", "optim_wrapper.optimizer: AdamW has no field 'lrr'. Did you mean 'lr'?"),
         ("optim_wrapper.optimizer.lr=-1.0", "optim_wrapper: Invalid learning rate: -1.0"),
         ("optim_wrapper.optimizer.type=Adamw", "optim_wrapper.optimizer: there is no optimizer 'Adamw'. Did"),
+        ("optim_wrapper.optimizer.type=None", "optim_wrapper.optimizer has no type: expected the optimizer's name"),
         ("optim_wrapper.paramwise_cfg.norm_decay_mul=0", "no field 'norm_decay_mul'. Did you mean 'norm_decay_mult'?"),
     ],
 )

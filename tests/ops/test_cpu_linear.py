@@ -165,6 +165,7 @@ def test_shapes_without_values():
         assert cpu.gelu_backward_(grad, torch.empty(2, 5, 30)).shape == grad.shape
 
 
-def test_kernels_of_an_older_build_say_so(monkeypatch):
-    monkeypatch.setattr(cpu, "_OPERATORS", (*cpu._OPERATORS, "newer"))
-    assert "built from older sources, without newer: build them with" in cpu._load.__wrapped__()
+@pytest.mark.parametrize(("name", "arguments"), [("newer", 1), ("forward", 14)])
+def test_kernels_of_an_older_build_say_so(monkeypatch, name, arguments):
+    monkeypatch.setitem(cpu._OPERATORS, name, arguments)
+    assert f"built from other sources, with another {name}: build them with" in cpu._load.__wrapped__()

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch._dynamo.testing import AotEagerAndRecordGraphs
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from nat_dense.models import attention
@@ -182,6 +183,30 @@ def test_back_ends_know_of_the_gradient_ahead(monkeypatch, way):
     with torch.no_grad():
         way(*(t.clone().requires_grad_() for t in leaves))
     assert asked.needs_grad == [False]
+
+
+def test_a_recorded_program_is_trained():
+    """make_fx doesn't say that it is under way."""
+    leaves = torch.randn(3, 1, 9, 9, 2, 8).unbind(0)
+    recorded = make_fx(doubled)(*leaves)
+    found, wanted = ([t.clone().requires_grad_() for t in leaves] for _ in range(2))
+    recorded(*found).sum().backward()
+    doubled(*wanted).sum().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(found, wanted, strict=True))
+
+
+def test_a_compiler_that_misses_a_gradient():
+    """Dynamo takes the buffer for one without a gradient: it is written through a view of it."""
+
+    def write(values):
+        buffer = torch.zeros(1, 9, 9, 2, 8)
+        buffer.view(-1).add_(values)
+        return na2d(buffer, buffer, buffer, 3)
+
+    found, wanted = (torch.linspace(-1, 1, 9 * 9 * 2 * 8).requires_grad_() for _ in range(2))
+    torch.compile(write, backend="aot_eager")(found).square().sum().backward()
+    write(wanted).square().sum().backward()
+    torch.testing.assert_close(found.grad, wanted.grad)
 
 
 @pytest.mark.parametrize("strict", [True, False])
