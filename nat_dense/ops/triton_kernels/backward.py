@@ -91,12 +91,19 @@ def query_gradient_kernel(
     q = load_tokens(token_pointers(query, owner, first, place, query_strides, OFFSET), valid, DIM, BLOCK_D)
     g = load_tokens(token_pointers(grad_out, owner, first, place, grad_out_strides, OFFSET), valid, DIM, BLOCK_D)
     dense = token_pointers(out, owner, first, place, contiguous_strides(shape, DIM), OFFSET)
-    d = tl.sum(g.to(tl.float32) * load_tokens(dense, valid, DIM, BLOCK_D).to(tl.float32), 2)
+    o = load_tokens(dense, valid, DIM, BLOCK_D).to(tl.float32)
+    d = tl.sum(g.to(tl.float32) * o, 2)
     lse_pointers = token_pointers(lse, owner, first, place, contiguous_strides(shape, 1), OFFSET)
     log_sum = tl.load(lse_pointers, mask=valid, other=float("inf")) * LOG2_E  # beyond the group all weights are 0
     stats_pointers = token_pointers(stats, owner, first, place, contiguous_strides(shape, 2), OFFSET)
     both = tl.arange(0, 2)[None, None, :]
     tl.store(stats_pointers[:, :, None] + both, tl.join(log_sum, d), mask=valid[:, :, None])
+    if pad_value is not None:
+        # Products are taken relative to the padded token's: where that carries nearly all of the weight, they hardly
+        # differ from `d`, and rounding would be a part of what is left.
+        channels = tl.arange(0, BLOCK_D)
+        padded = tl.load(pad_value + head * DIM + channels, mask=channels < DIM, other=0.0)
+        d = tl.sum(g.to(tl.float32) * (o - padded.to(tl.float32)[None, None, :]), 2)
 
     count: tl.constexpr = TILE[0] // STRIP[0]
     tokens: tl.constexpr = STRIP[0] * STRIP[1]
@@ -132,6 +139,8 @@ def query_gradient_kernel(
                 KEYS_TURNED=False,
             )
             weights = tl.exp2(logits)
+            if pad_value is not None:
+                v = v - padded[None, :, None]
             grad_logits = weights * (dot(g, v, PRECISION) - d[:, :, None])
             rounded = grad_logits.to(k.dtype)
             mixed += dot(rounded, k, PRECISION)
