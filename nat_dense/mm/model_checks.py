@@ -56,7 +56,7 @@ def check_model(cfg: Config, *, training: bool = True) -> tuple[nn.Module, list[
         model = MODELS.build(copy.deepcopy(cfg.model))  # MMSegmentation writes into what it builds from
         _check_channels(model)
     if training:
-        _load_initial_weights(model)
+        _load_initial_weights(model, on_disk=True)
     if training and cfg.get("train_dataloader"):
         _check_batch_norm(model, cfg.train_dataloader.get("batch_size"))
     return model, _check_dilations(cfg)
@@ -88,13 +88,6 @@ def _check_source(source: str, name: str, field: str) -> None:
         )
 
 
-def _load_initial_weights(model: nn.Module) -> None:
-    """Loads what lies on disk into our backbones of a model that is not kept, for the errors that this may raise."""
-    for module, initializer in _initializers(model):
-        if Path(initializer.checkpoint).exists():
-            initializer.load_into(module)
-
-
 def fetch_initial_weights(model: nn.Module) -> None:
     """Fetches the weights that our backbones of a model start from, and loads them, which training would do too late.
 
@@ -105,13 +98,17 @@ def fetch_initial_weights(model: nn.Module) -> None:
         ConnectionError: they can't be had.
         ValueError: what came is not what was published, or doesn't fit.
     """
+    try:
+        _load_initial_weights(model, on_disk=False)  # `check_model` has loaded the others
+    except ConnectionError as error:
+        raise ConnectionError(f"{error}. model.backbone.init_cfg=None trains from scratch.") from error
+
+
+def _load_initial_weights(model: nn.Module, on_disk: bool) -> None:
+    """Loads them into our backbones of a model that is not kept, for the errors that this may raise."""
     for module, initializer in _initializers(model):
-        if Path(initializer.checkpoint).exists():  # `check_model` has loaded it
-            continue
-        try:
+        if Path(initializer.checkpoint).exists() == on_disk:
             initializer.load_into(module)
-        except ConnectionError as error:
-            raise ConnectionError(f"{error}. model.backbone.init_cfg=None trains from scratch.") from error
 
 
 def _initializers(model: nn.Module) -> Iterator[tuple[nn.Module, Pretrained]]:

@@ -207,8 +207,9 @@ class NeighborhoodBackbone(BaseModule):
             layer_scale=layer_scale,
         )
         rates = dict(drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
-        others = dict(in_chans=in_chans, qkv_bias=qkv_bias, qk_scale=qk_scale, with_cp=with_cp)
-        _check_kinds(given | rates | others | dict(out_indices=out_indices, frozen_stages=frozen_stages))
+        others: dict = dict(in_chans=in_chans, qkv_bias=qkv_bias, qk_scale=qk_scale, with_cp=with_cp)
+        others |= dict(out_indices=out_indices, frozen_stages=frozen_stages)
+        _check_kinds(given | rates | others)
         _check_rates(rates)
         fields = _architecture(self.family, arch, given)
         embed_dim, depths, num_heads = fields["embed_dim"], tuple(fields["depths"]), tuple(fields["num_heads"])

@@ -282,8 +282,12 @@ torch.library.define(
 )
 
 
-def _run(pass_name, tensors, rpb, kernel_size, dilation, scale, backend, needs_grad, needs_lse=True, rows=None):
+def _run(pass_name, tensors, rpb, kernel_size, dilation, scale, backend, needs_grad, rows=None):
     """Chooses the back end and calls it with tensors whose head_dim has unit stride."""
+    # Where nothing is known, a compiler may separate from their gradients what gets here: log-sum-exps are kept.
+    needs_lse = needs_grad is not False
+    if needs_grad is None:
+        needs_grad = _any_requires_grad(tensors)
     tensors = [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors]
     kernel_size, dilation = tuple(kernel_size), tuple(dilation)
     query = tensors[0] if pass_name == "forward" else tensors[1]
@@ -307,10 +311,7 @@ def _forward(tensors, kernel_size, dilation, scale, backend, needs_grad):
     query, rpb = tensors[0], tensors[3]
     if query.numel() == 0:
         return _empty_outputs(query)
-    needs_lse = needs_grad is not False  # what a compiler makes of a program of which it isn't known may need it
-    if needs_grad is None:
-        needs_grad = _any_requires_grad(tensors)
-    return _run("forward", tensors, rpb, kernel_size, dilation, scale, backend, needs_grad, needs_lse)
+    return _run("forward", tensors, rpb, kernel_size, dilation, scale, backend, needs_grad)
 
 
 def _empty_outputs(query):
@@ -342,8 +343,7 @@ def _na2d_rows(query, key, value, rpb, kernel_size, dilation, scale, rows, backe
     if query.numel() == 0:
         return query[:, slice(*rows)].clone()
     tensors = (query, key, value, rpb, None, None)
-    settings = (kernel_size, dilation, scale, backend)
-    out, _ = _run("forward", tensors, rpb, *settings, needs_grad=False, needs_lse=False, rows=tuple(rows))
+    out, _ = _run("forward", tensors, rpb, kernel_size, dilation, scale, backend, False, tuple(rows))
     return out[:, slice(*rows)]
 
 

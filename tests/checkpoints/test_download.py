@@ -13,6 +13,7 @@ import torch
 
 from nat_dense import checkpoints, progress
 from nat_dense.checkpoints import download, names
+from nat_dense.mm.model_checks import fetch_initial_weights
 from nat_dense.models import NAT, variants
 from tests.checkpoints.files import TINY, tiny
 
@@ -181,6 +182,14 @@ def test_init_cfg_takes_a_url(server, tmp_path):
     model = NAT(**TINY, init_cfg=dict(type="Pretrained", checkpoint=f"{server.url}/tiny.pth"))
     model.init_weights()
     assert torch.equal(model.norm1.bias, tiny().norm1.bias)
+
+
+def test_what_init_cfg_fetches_is_fitted_before_a_run(server, tmp_path):
+    torch.save(NAT(arch="mini").state_dict(), tmp_path / "mini.pth")
+    server.files["/mini.pth"] = (tmp_path / "mini.pth").read_bytes()
+    model = NAT(arch="nano", init_cfg=dict(type="Pretrained", checkpoint=f"{server.url}/mini.pth"))
+    with pytest.raises(ValueError, match=r"mini\.pth: the weights don't fit the model \(embed_dim 64"):
+        fetch_initial_weights(model)
 
 
 def test_published_names(server, monkeypatch):

@@ -41,7 +41,7 @@ def test_a_config_passes_in_silence(config, capsys):
     [
         ("train_cfg.max_itrs=5", "train_cfg: IterBasedTrainLoop has no field 'max_itrs'. Did you mean 'max_iters'?"),
         ("val_cfg.fp17=True", "val_cfg: ValLoop has no field 'fp17'. Did you mean 'fp16'?"),
-        ("train_cfg.type=IterBasedTrainLop", "no loop 'IterBasedTrainLop'. Did you mean 'IterBasedTrainLoop'?"),
+        ("train_cfg.type=IterBasedTrainLop", "train_cfg: there is no loop 'IterBasedTrainLop'. Did you mean"),
         ("param_scheduler.0.begn=1", "param_scheduler.0: LinearLR has no field 'begn'. Did you mean 'begin'?"),
         ("default_hooks.checkpoint.intervall=3", "CheckpointHook has no field 'intervall'. Did you mean 'interval'?"),
         ("default_hooks.logger.type=LogerHook", "default_hooks.logger: there is no hook 'LogerHook'. Did you mean"),

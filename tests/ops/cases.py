@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nat_dense.ops import na2d
+from nat_dense.ops import cpu, na2d
 from nat_dense.ops.problem import completed_size
 
 NAMES = ("query", "key", "value", "rpb", "pad_key", "pad_value")
@@ -82,6 +82,10 @@ CASES = (
     Case("pad given but not needed", (9, 10), padded=True, dim=8),
     Case("many columns", (8, 70), dim=16, heads=1),
 )
+CASE = Case("plain", (9, 11), (5, 3), (1, 2), dim=16)
+PADDED = next(case for case in CASES if case.name == "padded, dilated")
+BACKENDS = ("reference", *(["cpu"] if cpu.is_available() else []))
+"""Those that run on every CPU, but for the kernels where they aren't built."""
 
 
 @functools.cache
