@@ -31,6 +31,17 @@ LOADER_FIELDS = ("num_batch_per_epoch", "disable_subprocess_warning")
 
 COCO_DATASET = "mmdet.datasets.coco.CocoDataset"
 SEGMENTATION_DATASET = "mmseg.datasets.basesegdataset.BaseSegDataset"
+NESTING = (
+    "mmcv.transforms.processing.MultiScaleFlipAug",
+    "mmcv.transforms.processing.TestTimeAug",
+    "mmcv.transforms.wrappers.Compose",
+    "mmcv.transforms.wrappers.KeyMapper",
+    "mmcv.transforms.wrappers.RandomApply",
+    "mmcv.transforms.wrappers.RandomChoice",
+    "mmdet.datasets.transforms.wrappers.ProposalBroadcaster",
+)
+"""Transforms whose field `transforms` holds others of the registry; those of other libraries have theirs there."""
+
 LISTED = 5
 """So many files are named in a message; the rest is counted."""
 
@@ -73,6 +84,11 @@ class Source:
         own = {"load_data_list", "parse_data_info"}
         base = next((base for base in self.cls.__mro__ if own & vars(base).keys()), self.cls)
         return f"{base.__module__}.{base.__name__}"
+
+    @property
+    def unique_ids(self) -> bool:
+        """Whether no two annotations may have one id; a subclass of MMDetection's CocoDataset may do without."""
+        return getattr(self.cls, "ANN_ID_UNIQUE", True)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -168,10 +184,7 @@ def _check_loader_fields(loader: dict, name: str) -> None:
 
 
 def _check_pipeline(source: Source) -> None:
-    """Every transform exists and has the fields that it is given; those inside of others are not looked at."""
-    for i, transform in enumerate(source.cfg.get("pipeline") or []):
-        if isinstance(transform, dict):
-            check_node(f"{source.name}.pipeline[{i}]", transform, TRANSFORMS)
+    _check_transforms(source.cfg.get("pipeline") or [], f"{source.name}.pipeline")
     zero_is_void = source.cfg.get("reduce_zero_label")  # what a class sets itself is not known from outside
     loads = source.transform("LoadAnnotations").get("reduce_zero_label")
     if source.reader == SEGMENTATION_DATASET and None not in (loads, zero_is_void) and loads != zero_is_void:
@@ -179,6 +192,18 @@ def _check_pipeline(source: Source) -> None:
             f"{source.name}: reduce_zero_label is {zero_is_void}, but {loads} in its pipeline's LoadAnnotations. Leave "
             "it out there, or set both."
         )
+
+
+def _check_transforms(transforms: Any, name: str) -> None:
+    """Every transform exists and has the fields that it is given, also in a choice between lists of transforms."""
+    if isinstance(transforms, (list, tuple)):
+        for i, part in enumerate(transforms):
+            _check_transforms(part, f"{name}[{i}]")
+    elif isinstance(transforms, dict):
+        check_node(name, transforms, TRANSFORMS)
+        bases = getattr(known_class(name, transforms, TRANSFORMS), "__mro__", ())
+        if any(f"{base.__module__}.{base.__name__}" in NESTING for base in bases):
+            _check_transforms(transforms.get("transforms"), f"{name}.transforms")
 
 
 def _read_choices(cfg: Config) -> dict[str, str]:
@@ -227,7 +252,7 @@ def _find_pictures(source: Source, checks: dict[str, str], annotated: bool) -> t
         folder = _folder(source, "img", prefix.get("img"))
         file = source.path(source.argument("ann_file"))
         masks = bool(source.transform("LoadAnnotations").get("with_mask"))
-        content = check_coco_file(file, f"{source.name}.ann_file", masks, annotated)
+        content = check_coco_file(file, f"{source.name}.ann_file", masks, annotated, source.unique_ids)
         check_categories(content, source.classes, str(file), ignore_others=checks["other_classes"] == "ignore")
         trains = not source.argument("test_mode")
         leaves_out_empty = (source.cfg.get("filter_cfg") or {}).get("filter_empty_gt")
@@ -364,7 +389,7 @@ def _check_same_images(file: Path, name: str, source: Source, annotated: bool) -
     if not own.is_file() or own.samefile(file):  # in remote storage, or the usual case
         return
     known, tested = (
-        {image["id"] for image in check_coco_file(path, where, masks=False, annotated=annotated)["images"]}
+        {image["id"] for image in check_coco_file(path, where, False, annotated, source.unique_ids)["images"]}
         for path, where in ((file, name), (own, f"{source.name}.ann_file"))
     )
     if not tested <= known:

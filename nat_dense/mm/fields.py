@@ -43,19 +43,21 @@ def known_class(name: str, node: dict, registry: Registry) -> Any:
     """What the `type` of the config of this name stands for in the active scope.
 
     Raises:
-        ValueError: there is no such type.
+        ValueError: there is no such type, or it is neither a name nor a class.
     """
+    kind, given = registry.name.replace("_", " "), node.get("type")
+    if given is None or given == "":
+        raise ValueError(f"{name} has no type: expected the {kind}'s name")
+    if not isinstance(given, str) and not callable(given):
+        raise ValueError(f"{name}: type={given!r}: expected the {kind}'s name, or its class")
     cls = class_of(node, registry)
     if cls is None:
-        kind = registry.name.replace("_", " ")
-        if node.get("type") is None:
-            raise ValueError(f"{name} has no type: expected the {kind}'s name")
         others = [f"{scope}.{key}" for scope, part in registry.children.items() for key in part.module_dict]
         with registry.switch_scope_and_registry(node.get("_scope_")) as scoped:
             known = [*scoped.module_dict, *registry.module_dict, *others]
-        same = [key for key in others if key.endswith(f".{node['type']}")]
-        hint = did_you_mean(str(node["type"]), same or known)
-        raise ValueError(f"{name}: there is no {kind} {node['type']!r}.{hint} Is it in custom_imports?")
+        same = [key for key in others if key.endswith(f".{given}")]
+        hint = did_you_mean(str(given), same or known)
+        raise ValueError(f"{name}: there is no {kind} {given!r}.{hint} Is it in custom_imports?")
     return cls
 
 

@@ -89,7 +89,7 @@ def forward(
     """As `reference.forward`, with the instruction set of `variant`.
 
     `rows` (first, last) computes only the rows [first, last) of the results; the others are left as memory has them.
-    Without `needs_lse` the log-sum-exps, which take a twentieth of the time, are NaN.
+    Without `needs_lse` the log-sum-exps, which take a twentieth of the time, are left out: their tensor is empty.
     """
     first, last = (0, query.shape[1]) if rows is None else rows
     return torch.ops.nat_dense_cpu.forward(

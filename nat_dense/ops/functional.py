@@ -284,8 +284,7 @@ torch.library.define(
 
 def _run(pass_name, tensors, rpb, kernel_size, dilation, scale, backend, needs_grad, rows=None):
     """Chooses the back end and calls it with tensors whose head_dim has unit stride."""
-    # Where nothing is known, a compiler may separate from their gradients what gets here: log-sum-exps are kept.
-    needs_lse = needs_grad is not False
+    needs_lse = _needs_lse(needs_grad)
     if needs_grad is None:
         needs_grad = _any_requires_grad(tensors)
     tensors = [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors]
@@ -310,12 +309,21 @@ def _any_requires_grad(tensors) -> bool:
 def _forward(tensors, kernel_size, dilation, scale, backend, needs_grad):
     query, rpb = tensors[0], tensors[3]
     if query.numel() == 0:
-        return _empty_outputs(query)
-    return _run("forward", tensors, rpb, kernel_size, dilation, scale, backend, needs_grad)
+        return _empty_outputs(query, needs_grad)
+    out, lse = _run("forward", tensors, rpb, kernel_size, dilation, scale, backend, needs_grad)
+    if not _needs_lse(needs_grad) and lse.numel() > 0:  # of a back end that can't spare them
+        lse = lse.new_empty(0)
+    return out, lse
 
 
-def _empty_outputs(query):
-    return query.new_empty(query.shape), query.new_empty(query.shape[:4], dtype=accumulation_dtype(query.dtype))
+def _needs_lse(needs_grad: bool | None) -> bool:
+    """Where nothing is known, a compiler may separate from their gradients what gets here: log-sum-exps are kept."""
+    return needs_grad is not False
+
+
+def _empty_outputs(query, needs_grad):
+    lse_shape = query.shape[:4] if _needs_lse(needs_grad) else (0,)
+    return query.new_empty(query.shape), query.new_empty(lse_shape, dtype=accumulation_dtype(query.dtype))
 
 
 @torch.library.impl("nat_dense::na2d", "CompositeExplicitAutograd")
@@ -329,13 +337,13 @@ def _na2d_qkv(qkv, rpb, pad_key, pad_value, *settings):
 
 
 @torch.library.register_fake("nat_dense::na2d")
-def _na2d_fake(query, *_others):
-    return _empty_outputs(query)
+def _na2d_fake(query, *others):
+    return _empty_outputs(query, others[-1])
 
 
 @torch.library.register_fake("nat_dense::na2d_qkv")
-def _na2d_qkv_fake(qkv, *_others):
-    return _empty_outputs(qkv.select(3, 0))
+def _na2d_qkv_fake(qkv, *others):
+    return _empty_outputs(qkv.select(3, 0), others[-1])
 
 
 @torch.library.impl("nat_dense::na2d_rows", "CompositeExplicitAutograd")

@@ -150,6 +150,17 @@ def test_annotation_file_that_lacks_something(coco, change, expected):
     assert expected in message(ValueError, cfg)
 
 
+def test_dataset_whose_ids_repeat(coco):
+    class Repeating(DATASETS.get("mmdet.CocoDataset")):
+        ANN_ID_UNIQUE = False
+
+    cfg, root = coco
+    edit_annotations(root, lambda c: c["annotations"][1].update(id=c["annotations"][0]["id"]))
+    cfg.train_dataloader.dataset.type = Repeating
+    assert check_data(cfg, TRAIN) == []
+    assert len(DATASETS.build(cfg.train_dataloader.dataset)) == 4
+
+
 def test_a_box_only_detector_needs_no_segmentation(coco):
     cfg, root = coco
     edit_annotations(root, lambda c: c["annotations"][0].pop("segmentation"))
@@ -314,14 +325,34 @@ def test_skipped_images_of_a_segmentor(ade):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (dict(type="Resiz"), "train_dataloader.dataset.pipeline[2]: there is no transform 'Resiz'. Did you mean"),
-        (dict(scal=(9, 9)), "pipeline[2]: Resize has no field 'scal'. Did you mean 'scale'?"),
+        (dict(type="Resiz"), "train_dataloader.dataset.pipeline[2]{}: there is no transform 'Resiz'. Did you mean"),
+        (dict(scal=(9, 9)), "pipeline[2]{}: Resize has no field 'scal'. Did you mean 'scale'?"),
+        (dict(type=""), "pipeline[2]{} has no type: expected the transform's name"),
+        (dict(type=3), "pipeline[2]{}: type=3: expected the transform's name, or its class"),
     ],
 )
-def test_misspelt_transforms(coco, change, expected):
+@pytest.mark.parametrize(
+    ("wrap", "inside"),
+    [
+        (lambda transform: transform, ""),
+        (lambda transform: dict(type="RandomChoice", transforms=[[transform]]), ".transforms[0][0]"),
+        (lambda transform: dict(type="TransformBroadcaster", transforms=transform), ".transforms"),
+        (lambda transform: dict(type="mmdet.ProposalBroadcaster", transforms=[transform]), ".transforms[0]"),
+    ],
+    ids=["alone", "choice", "broadcast", "proposals"],
+)
+def test_misspelt_transforms(coco, wrap, inside, change, expected):
     cfg, _ = coco
-    cfg.train_dataloader.dataset.pipeline[2] = dict(type="Resize", scale=(9, 9)) | change
-    assert expected in message(ValueError, cfg)
+    cfg.train_dataloader.dataset.pipeline[2] = wrap(dict(type="Resize", scale=(9, 9)) | change)
+    assert expected.format(inside) in message(ValueError, cfg)
+
+
+def test_transforms_of_another_library(coco):
+    """Their names are not those of the registry."""
+    cfg, _ = coco
+    flip = dict(type="HorizontalFlip", p=0.5)
+    cfg.train_dataloader.dataset.pipeline[2] = dict(type="Albu", transforms=[flip])
+    check_data(cfg, TRAIN)
 
 
 def test_labels_that_are_reduced_at_one_place_alone(ade):

@@ -7,7 +7,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <limits>
 #include <memory>
 #include <string>
 #include <tuple>
@@ -185,13 +184,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const
   Problem problem(query, key, value, rpb, pad_key, pad_value, kernel_size, dilation, scale, isa, false);
   TORCH_CHECK(0 <= first && first <= last && last <= query.size(1), "no rows [", first, ", ", last, ") in the map");
   Tensor out = empty(query.sizes(), problem.type);
-  Tensor lse = at::empty(query.sizes().slice(0, 4), problem.accumulation);
+  Tensor lse = at::empty(needs_lse ? query.sizes().slice(0, 4) : at::IntArrayRef{0}, problem.accumulation);
   problem.call.out = map_of(out);
-  if (needs_lse) {
-    problem.call.lse = lse.mutable_data_ptr();
-  } else {
-    lse.fill_(std::numeric_limits<double>::quiet_NaN());  // whoever reads them nevertheless shall notice
-  }
+  problem.call.lse = needs_lse ? lse.mutable_data_ptr() : nullptr;
   const Call& call = problem.call;
   each_item(items_of(call, call.segment_count, first, last), problem.kernels.forward_scratch(call),
             [&](const Item& item, void* memory) { problem.kernels.forward(call, item, memory); });
