@@ -141,6 +141,26 @@ def test_test_time_augmentation_of_a_detector_of_boxes(detector, tmp_path, capsy
     assert "merges boxes only" not in capsys.readouterr().out
 
 
+def test_test_time_augmentation_without_a_broken_image(detector, tmp_path, capsys):
+    options, run = detector
+    (root,) = (option.split("=", 1)[1] for option in options if option.startswith("test_dataloader.dataset.data_root"))
+    shutil.copytree(root, tmp_path / "data")
+    (tmp_path / "data" / "val2017" / "0.jpg").write_bytes(b"")
+    changed = [f"test_dataloader.dataset.data_root={tmp_path / 'data'}", "data_checks.bad_images=skip"]
+    arguments = ["--tta", "--work-dir", str(tmp_path / "run"), "--cfg-options", *options, *changed]
+    assert "coco/bbox_mAP" in evaluate([DETECTOR, str(run / "epoch_1.pth"), *arguments])
+    assert "1 of 2 images" in capsys.readouterr().out
+
+
+def test_misspelt_test_time_augmentation(segmentor, tmp_path, capsys):
+    options, run = segmentor
+    arguments = ["--tta", "--work-dir", str(tmp_path / "run"), "--cfg-options", *options]
+    with pytest.raises(SystemExit):
+        evaluate([SEGMENTOR, str(run / "iter_2.pth"), *arguments, "tta_pipeline.1.transforms.0.2.type=Resiz"])
+    assert "tta_pipeline[1].transforms[0][2]: there is no transform 'Resiz'. Did you" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_test_time_augmentation_of_a_segmentor(segmentor, tmp_path):
     options, run = segmentor

@@ -134,7 +134,7 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
         _check_loader_fields(cfg[loader], loader)
         scored, part = _is_scored(cfg, loader), _naming_part(cfg) if loader == "test_dataloader" else None
         named: dict[str, Path] = {}
-        for source in _sources(cfg[loader].get("dataset"), f"{loader}.dataset"):
+        for source in sources(cfg[loader].get("dataset"), f"{loader}.dataset"):
             _check_pipeline(source)
             pictures, notices = _find_pictures(source, checks, annotated=scored)
             warnings += notices
@@ -155,6 +155,49 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
     for loader in sorted(set(loaders) - {"train_dataloader"}):
         _check_evaluator(cfg, loader)
     return warnings
+
+
+def sources(dataset: Any, name: str) -> Iterator[Source]:
+    """The datasets inside wrappers such as RepeatDataset and ConcatDataset.
+
+    Args:
+        dataset: the config of a dataset or of a wrapper.
+        name: where it stands in the whole config.
+
+    Raises:
+        ValueError: a dataset's type doesn't exist.
+    """
+    if not isinstance(dataset, dict):
+        return
+    if "dataset" in dataset:
+        yield from sources(dataset["dataset"], f"{name}.dataset")
+    for i, part in enumerate(dataset.get("datasets") or []):
+        yield from sources(part, f"{name}.datasets[{i}]")
+    if "dataset" in dataset or "datasets" in dataset:
+        return
+    cls = known_class(name, dataset, DATASETS)
+    if isinstance(cls, type):
+        yield Source(name, dataset, cls)
+
+
+def check_transforms(transforms: Any, name: str) -> None:
+    """Checks that every transform exists and has the fields that it is given, also those inside of others.
+
+    Args:
+        transforms: the config of one, or a list of them or of lists, as in a choice; others are let through.
+        name: where it stands in the config, for messages.
+
+    Raises:
+        ValueError: one doesn't.
+    """
+    if isinstance(transforms, (list, tuple)):
+        for i, part in enumerate(transforms):
+            check_transforms(part, f"{name}[{i}]")
+    elif isinstance(transforms, dict):
+        check_node(name, transforms, TRANSFORMS)
+        bases = getattr(known_class(name, transforms, TRANSFORMS), "__mro__", ())
+        if any(f"{base.__module__}.{base.__name__}" in NESTING for base in bases):
+            check_transforms(transforms.get("transforms"), f"{name}.transforms")
 
 
 def _naming_part(cfg: Config) -> str | None:
@@ -184,7 +227,7 @@ def _check_loader_fields(loader: dict, name: str) -> None:
 
 
 def _check_pipeline(source: Source) -> None:
-    _check_transforms(source.cfg.get("pipeline") or [], f"{source.name}.pipeline")
+    check_transforms(source.cfg.get("pipeline") or [], f"{source.name}.pipeline")
     zero_is_void = source.cfg.get("reduce_zero_label")  # what a class sets itself is not known from outside
     loads = source.transform("LoadAnnotations").get("reduce_zero_label")
     if source.reader == SEGMENTATION_DATASET and None not in (loads, zero_is_void) and loads != zero_is_void:
@@ -192,18 +235,6 @@ def _check_pipeline(source: Source) -> None:
             f"{source.name}: reduce_zero_label is {zero_is_void}, but {loads} in its pipeline's LoadAnnotations. Leave "
             "it out there, or set both."
         )
-
-
-def _check_transforms(transforms: Any, name: str) -> None:
-    """Every transform exists and has the fields that it is given, also in a choice between lists of transforms."""
-    if isinstance(transforms, (list, tuple)):
-        for i, part in enumerate(transforms):
-            _check_transforms(part, f"{name}[{i}]")
-    elif isinstance(transforms, dict):
-        check_node(name, transforms, TRANSFORMS)
-        bases = getattr(known_class(name, transforms, TRANSFORMS), "__mro__", ())
-        if any(f"{base.__module__}.{base.__name__}" in NESTING for base in bases):
-            _check_transforms(transforms.get("transforms"), f"{name}.transforms")
 
 
 def _read_choices(cfg: Config) -> dict[str, str]:
@@ -215,21 +246,6 @@ def _read_choices(cfg: Config) -> dict[str, str]:
     if given.get("bad_images") == "skip":  # one that is not found is not skipped
         given = dict(images="all") | given
     return {key: given.get(key, values[0]) for key, values in CHOICES.items()}
-
-
-def _sources(dataset: Any, name: str) -> Iterator[Source]:
-    """The datasets inside wrappers such as RepeatDataset and ConcatDataset."""
-    if not isinstance(dataset, dict):
-        return
-    if "dataset" in dataset:
-        yield from _sources(dataset["dataset"], f"{name}.dataset")
-    for i, part in enumerate(dataset.get("datasets") or []):
-        yield from _sources(part, f"{name}.datasets[{i}]")
-    if "dataset" in dataset or "datasets" in dataset:
-        return
-    cls = known_class(name, dataset, DATASETS)
-    if isinstance(cls, type):
-        yield Source(name, dataset, cls)
 
 
 def _is_scored(cfg: Config, loader: str) -> bool:
@@ -372,15 +388,15 @@ def _check_heads(model: dict, source: Source) -> None:
 
 def _check_evaluator(cfg: Config, loader: str) -> None:
     name = loader.replace("dataloader", "evaluator")
-    sources = [s for s in _sources(cfg[loader].get("dataset"), f"{loader}.dataset") if s.reader == COCO_DATASET]
+    found = [s for s in sources(cfg[loader].get("dataset"), f"{loader}.dataset") if s.reader == COCO_DATASET]
     for evaluator in evaluators(cfg, loader):
         file = evaluator.get("ann_file")
         if file and "://" not in file and not Path(file).is_file():
             raise FileNotFoundError(
                 f"{name}.ann_file: no file {file!r}. Set it with --cfg-options {name}.ann_file=FILE."
             )
-        if file and "://" not in file and str(evaluator.get("type")).endswith("CocoMetric") and len(sources) == 1:
-            _check_same_images(Path(file), f"{name}.ann_file", sources[0], _is_scored(cfg, loader))
+        if file and "://" not in file and str(evaluator.get("type")).endswith("CocoMetric") and len(found) == 1:
+            _check_same_images(Path(file), f"{name}.ann_file", found[0], _is_scored(cfg, loader))
 
 
 def _check_same_images(file: Path, name: str, source: Source, annotated: bool) -> None:

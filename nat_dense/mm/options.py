@@ -6,6 +6,7 @@ from pathlib import Path
 from mmengine.config import Config, ConfigDict, DictAction
 
 from nat_dense.mm.config import evaluators
+from nat_dense.mm.data_checks import check_transforms, sources
 
 FLIP_META = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
 """What MMDetection's test-time augmentation needs to know of each view to merge it."""
@@ -122,15 +123,17 @@ def enable_tta(cfg: Config) -> list[str]:
         Sentences for the user: MMDetection merges boxes only, so masks are left out.
 
     Raises:
-        ValueError: the config has no recipe and its task no default.
+        ValueError: the config has no recipe and its task no default, or a transform of the recipe is misspelt.
     """
     notices = []
+    tested = [source.cfg for source in sources(cfg.test_dataloader.dataset, "test_dataloader.dataset")]
     if not (cfg.get("tta_model") and cfg.get("tta_pipeline")):
         if cfg.get("default_scope") != "mmdet":
             raise ValueError("--tta needs tta_model and tta_pipeline in the config.")
         nms = dict(type="nms", iou_threshold=0.5)
         cfg.tta_model = dict(type="DetTTAModel", tta_cfg=dict(nms=nms, max_per_img=100))
-        cfg.tta_pipeline = [*cfg.test_dataloader.dataset.pipeline[:-1], _flip_and_pack()]
+        cfg.tta_pipeline = [*tested[0]["pipeline"][:-1], _flip_and_pack()]
+    check_transforms(cfg.tta_pipeline, "tta_pipeline")
     if cfg.tta_model.type == "DetTTAModel":
         has_masks = bool(cfg.model.get("roi_head", {}).get("mask_head"))
         if has_masks:
@@ -142,7 +145,8 @@ def enable_tta(cfg: Config) -> list[str]:
         if has_masks:
             notices.append("--tta: MMDetection merges boxes only; masks are not evaluated.")
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    for dataset in tested:
+        dataset["pipeline"] = cfg.tta_pipeline
     return notices
 
 

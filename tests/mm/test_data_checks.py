@@ -12,7 +12,7 @@ from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 
 from nat_dense.mm.config import load_config
-from nat_dense.mm.data_checks import CHOICES, _check_heads, _sources, check_data
+from nat_dense.mm.data_checks import CHOICES, _check_heads, check_data, sources
 from tests.mm.small import (
     DETECTOR,
     SEGMENTOR,
@@ -414,7 +414,7 @@ def test_heads_that_count_other_things_are_left_alone(config):
     cfg = load_config(config)
     init_default_scope(cfg.default_scope)
     for loader in TRAIN:
-        for source in _sources(cfg[loader].dataset, loader):
+        for source in sources(cfg[loader].dataset, loader):
             _check_heads(cfg.model, source)
 
 

@@ -13,6 +13,7 @@ from mmengine.registry import HOOKS, init_default_scope
 from torch import nn
 
 from nat_dense.mm.config import load_config
+from nat_dense.mm.data_checks import _check_pipeline, sources
 from nat_dense.mm.fields import fields_of
 from nat_dense.mm.training_checks import check_training
 from tests.mm.small import DETECTOR, SEGMENTOR, load_tool, parse_options
@@ -123,5 +124,8 @@ def test_configs_of_the_libraries_pass(library, monkeypatch):
         if "train_cfg" in cfg:
             init_default_scope(cfg.get("default_scope", "mmengine"))
             check_training(cfg, nn.Linear(16, 16))
+            for loader in ("train_dataloader", "val_dataloader"):
+                for source in sources(cfg[loader].dataset, f"{loader}.dataset"):
+                    _check_pipeline(source)
             checked += 1
     assert checked > 300

@@ -142,9 +142,9 @@ class Backward {
     }
     const int64_t column = segment.query_column[tile.first];
     score<V>(block, tile, query_, dim * V::kLanes, V::kLanes, rows.keys, key_step_, dim, &bias_, weight, weight_.row,
-             query_step_, kernel_columns, [&](int64_t i) { return next_.at(i, column, column); });
+             query_step_, kernel_columns, nullptr, [&](int64_t i) { return next_.at(i, column, column); });
     score<V>(block, tile, grad_out_, dim * V::kLanes, V::kLanes, rows.values, key_step_, dim, nullptr, grad,
-             grad_logit_.row, query_step_, kernel_columns,
+             grad_logit_.row, query_step_, kernel_columns, nullptr,
              [&](int64_t i) { return next_.at(block.high - block.low + i, column, column); });
     for (int r = 0; r < block.count; ++r) softmax_gradient(block, segment, t, r);
     const bool stream = streams<V, S>(call_);
