@@ -13,9 +13,7 @@ REQUIRED = {
 """The lists of an instances file, and the keys that MMDetection reads of each entry without a default."""
 
 
-def check_coco_file(
-    file: Path, name: str, masks: bool, annotated: bool = True, unique_ids: bool = True
-) -> dict[str, Any]:
+def check_coco_file(file: Path, name: str, masks: bool, annotated: bool = True) -> dict[str, Any]:
     """Reads an annotation file and checks that it is one.
 
     Args:
@@ -23,7 +21,6 @@ def check_coco_file(
         name: where it stands in the config, for messages.
         masks: whether each annotation needs a "segmentation".
         annotated: whether there must be annotations; test-dev's file of images has no such list.
-        unique_ids: whether no two annotations may have one id.
 
     Returns:
         The content.
@@ -51,11 +48,11 @@ def check_coco_file(
             missing = [field for field in needed if field not in entry]
             if missing:
                 raise ValueError(f"{name}: {str(file)!r}: {key}[{i}] lacks {', '.join(map(repr, missing))}.")
-    _check_entries(content, f"{name}: {str(file)!r}", unique_ids)
+    _check_entries(content, f"{name}: {str(file)!r}")
     return content
 
 
-def _check_entries(content: dict[str, Any], where: str, unique_ids: bool) -> None:
+def _check_entries(content: dict[str, Any], where: str) -> None:
     """Checks the values that MMDetection relies on: references, boxes, and ids that are there once."""
     if not content["images"]:
         raise ValueError(f"{where} lists no images.")
@@ -71,7 +68,7 @@ def _check_entries(content: dict[str, Any], where: str, unique_ids: bool) -> Non
             raise ValueError(f"{where}: annotations[{i}] has image_id {annotation['image_id']!r}, which no image has.")
         if annotation.get("ignore"):  # MMDetection passes it over
             continue
-        if unique_ids and annotation["id"] in seen:
+        if annotation["id"] in seen:
             raise ValueError(f"{where}: annotations[{i}] has the id {annotation['id']!r} of another one.")
         seen.add(annotation["id"])
         box = annotation["bbox"]

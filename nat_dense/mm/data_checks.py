@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from nat_dense.mm.coco_file import check_boxes, check_categories, check_coco_file
 from nat_dense.mm.config import evaluators
-from nat_dense.mm.fields import check_fields, check_node, known_class
+from nat_dense.mm.fields import check_fields, check_object, known_class
 from nat_dense.mm.images import CHANNELS, Picture, find_bad_images, find_bad_labels, sample
 
 CHOICES = {"images": ("sample", "all", "none"), "bad_images": ("stop", "skip"), "other_classes": ("stop", "ignore")}
@@ -31,16 +31,18 @@ LOADER_FIELDS = ("num_batch_per_epoch", "disable_subprocess_warning")
 
 COCO_DATASET = "mmdet.datasets.coco.CocoDataset"
 SEGMENTATION_DATASET = "mmseg.datasets.basesegdataset.BaseSegDataset"
-NESTING = (
-    "mmcv.transforms.processing.MultiScaleFlipAug",
-    "mmcv.transforms.processing.TestTimeAug",
-    "mmcv.transforms.wrappers.Compose",
-    "mmcv.transforms.wrappers.KeyMapper",
-    "mmcv.transforms.wrappers.RandomApply",
-    "mmcv.transforms.wrappers.RandomChoice",
-    "mmdet.datasets.transforms.wrappers.ProposalBroadcaster",
-)
-"""Transforms whose field `transforms` holds others of the registry; those of other libraries have theirs there."""
+NESTING = {
+    "mmcv.transforms.processing.MultiScaleFlipAug": "transforms",
+    "mmcv.transforms.processing.TestTimeAug": "transforms",
+    "mmcv.transforms.wrappers.Compose": "transforms",
+    "mmcv.transforms.wrappers.KeyMapper": "transforms",
+    "mmcv.transforms.wrappers.RandomApply": "transforms",
+    "mmcv.transforms.wrappers.RandomChoice": "transforms",
+    "mmdet.datasets.transforms.augment_wrappers.AutoAugment": "policies",
+    "mmdet.datasets.transforms.augment_wrappers.RandAugment": "aug_space",
+    "mmdet.datasets.transforms.wrappers.ProposalBroadcaster": "transforms",
+}
+"""Transforms that hold others of the registry, and in which field. (Others hold those of another library.)"""
 
 LISTED = 5
 """So many files are named in a message; the rest is counted."""
@@ -86,11 +88,6 @@ class Source:
         return f"{base.__module__}.{base.__name__}"
 
     @property
-    def unique_ids(self) -> bool:
-        """Whether no two annotations may have one id; a subclass of MMDetection's CocoDataset may do without."""
-        return getattr(self.cls, "ANN_ID_UNIQUE", True)
-
-    @property
     def classes(self) -> tuple[str, ...]:
         """The names of the classes; empty where only the annotations know them."""
         given = (self.cfg.get("metainfo") or {}).get("classes")
@@ -109,7 +106,8 @@ class Source:
 
     def transform(self, name: str) -> dict:
         """The config of the first transform of this type in the pipeline, or an empty one."""
-        return next((t for t in self.cfg.get("pipeline") or [] if t.get("type") == name), {})
+        pipeline = (t for t in self.cfg.get("pipeline") or [] if isinstance(t, dict))
+        return next((t for t in pipeline if t.get("type") == name), {})
 
 
 def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
@@ -134,8 +132,9 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
         _check_loader_fields(cfg[loader], loader)
         scored, part = _is_scored(cfg, loader), _naming_part(cfg) if loader == "test_dataloader" else None
         named: dict[str, Path] = {}
-        for source in sources(cfg[loader].get("dataset"), f"{loader}.dataset"):
-            _check_pipeline(source)
+        check_pipelines(cfg[loader].get("dataset"), f"{loader}.dataset")
+        for source in _sources(cfg[loader].get("dataset"), f"{loader}.dataset"):
+            _check_zero_label(source)
             pictures, notices = _find_pictures(source, checks, annotated=scored)
             warnings += notices
             bad = find_bad_images(pictures, checks["images"], _expected_channels(cfg, source))
@@ -157,47 +156,58 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
     return warnings
 
 
-def sources(dataset: Any, name: str) -> Iterator[Source]:
-    """The datasets inside wrappers such as RepeatDataset and ConcatDataset.
+def datasets_of(dataset: Any, name: str) -> Iterator[tuple[str, dict, bool]]:
+    """A dataset's config and those inside of it, where it is a wrapper such as RepeatDataset or ConcatDataset.
 
     Args:
-        dataset: the config of a dataset or of a wrapper.
+        dataset: the config.
         name: where it stands in the whole config.
 
-    Raises:
-        ValueError: a dataset's type doesn't exist.
+    Returns:
+        Of each, the place in the config, the config and whether it is a wrapper; what is inside comes before it.
     """
     if not isinstance(dataset, dict):
         return
-    if "dataset" in dataset:
-        yield from sources(dataset["dataset"], f"{name}.dataset")
+    yield from datasets_of(dataset.get("dataset"), f"{name}.dataset")
     for i, part in enumerate(dataset.get("datasets") or []):
-        yield from sources(part, f"{name}.datasets[{i}]")
-    if "dataset" in dataset or "datasets" in dataset:
-        return
-    cls = known_class(name, dataset, DATASETS)
-    if isinstance(cls, type):
-        yield Source(name, dataset, cls)
+        yield from datasets_of(part, f"{name}.datasets[{i}]")
+    yield name, dataset, "dataset" in dataset or "datasets" in dataset
+
+
+def check_pipelines(dataset: Any, name: str) -> None:
+    """Checks the pipelines of a dataset, and of those inside of it; arguments as for `datasets_of`.
+
+    Raises:
+        ValueError: as `check_transforms`.
+    """
+    for place, config, _ in datasets_of(dataset, name):
+        if config.get("pipeline") is not None:
+            check_transforms(config["pipeline"], f"{place}.pipeline")
 
 
 def check_transforms(transforms: Any, name: str) -> None:
-    """Checks that every transform exists and has the fields that it is given, also those inside of others.
+    """Checks that transforms exist and have the fields that they are given, also those inside of others.
 
     Args:
-        transforms: the config of one, or a list of them or of lists, as in a choice; others are let through.
+        transforms: the config of one or a function, or a list of them or of such lists, as in a choice.
         name: where it stands in the config, for messages.
 
     Raises:
-        ValueError: one doesn't.
+        ValueError: there is no such transform, it has no such field, or something else stands in its place.
     """
     if isinstance(transforms, (list, tuple)):
         for i, part in enumerate(transforms):
             check_transforms(part, f"{name}[{i}]")
     elif isinstance(transforms, dict):
-        check_node(name, transforms, TRANSFORMS)
-        bases = getattr(known_class(name, transforms, TRANSFORMS), "__mro__", ())
-        if any(f"{base.__module__}.{base.__name__}" in NESTING for base in bases):
-            check_transforms(transforms.get("transforms"), f"{name}.transforms")
+        cls = known_class(name, transforms, TRANSFORMS)
+        check_object(name, transforms, cls)
+        bases = (f"{base.__module__}.{base.__name__}" for base in getattr(cls, "__mro__", ()))
+        field = next((NESTING[base] for base in bases if base in NESTING), None)
+        if field in transforms:
+            with TRANSFORMS.switch_scope_and_registry(transforms.get("_scope_")):
+                check_transforms(transforms[field], f"{name}.{field}")
+    elif not callable(transforms):
+        raise ValueError(f"{name} is {transforms!r}: expected the config of a transform, or a list of them.")
 
 
 def _naming_part(cfg: Config) -> str | None:
@@ -226,8 +236,14 @@ def _check_loader_fields(loader: dict, name: str) -> None:
         raise ValueError(f"{name}.batch_size is {size!r}: expected a number of images, 1 or more.")
 
 
-def _check_pipeline(source: Source) -> None:
-    check_transforms(source.cfg.get("pipeline") or [], f"{source.name}.pipeline")
+def _sources(dataset: Any, name: str) -> Iterator[Source]:
+    """The datasets that are no wrappers, where their type is a class."""
+    for place, config, is_wrapper in datasets_of(dataset, name):
+        if not is_wrapper and isinstance(cls := known_class(place, config, DATASETS), type):
+            yield Source(place, config, cls)
+
+
+def _check_zero_label(source: Source) -> None:
     zero_is_void = source.cfg.get("reduce_zero_label")  # what a class sets itself is not known from outside
     loads = source.transform("LoadAnnotations").get("reduce_zero_label")
     if source.reader == SEGMENTATION_DATASET and None not in (loads, zero_is_void) and loads != zero_is_void:
@@ -268,7 +284,7 @@ def _find_pictures(source: Source, checks: dict[str, str], annotated: bool) -> t
         folder = _folder(source, "img", prefix.get("img"))
         file = source.path(source.argument("ann_file"))
         masks = bool(source.transform("LoadAnnotations").get("with_mask"))
-        content = check_coco_file(file, f"{source.name}.ann_file", masks, annotated, source.unique_ids)
+        content = check_coco_file(file, f"{source.name}.ann_file", masks, annotated)
         check_categories(content, source.classes, str(file), ignore_others=checks["other_classes"] == "ignore")
         trains = not source.argument("test_mode")
         leaves_out_empty = (source.cfg.get("filter_cfg") or {}).get("filter_empty_gt")
@@ -388,7 +404,7 @@ def _check_heads(model: dict, source: Source) -> None:
 
 def _check_evaluator(cfg: Config, loader: str) -> None:
     name = loader.replace("dataloader", "evaluator")
-    found = [s for s in sources(cfg[loader].get("dataset"), f"{loader}.dataset") if s.reader == COCO_DATASET]
+    found = [s for s in _sources(cfg[loader].get("dataset"), f"{loader}.dataset") if s.reader == COCO_DATASET]
     for evaluator in evaluators(cfg, loader):
         file = evaluator.get("ann_file")
         if file and "://" not in file and not Path(file).is_file():
@@ -405,7 +421,7 @@ def _check_same_images(file: Path, name: str, source: Source, annotated: bool) -
     if not own.is_file() or own.samefile(file):  # in remote storage, or the usual case
         return
     known, tested = (
-        {image["id"] for image in check_coco_file(path, where, False, annotated, source.unique_ids)["images"]}
+        {image["id"] for image in check_coco_file(path, where, masks=False, annotated=annotated)["images"]}
         for path, where in ((file, name), (own, f"{source.name}.ann_file"))
     )
     if not tested <= known:

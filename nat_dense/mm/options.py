@@ -6,7 +6,7 @@ from pathlib import Path
 from mmengine.config import Config, ConfigDict, DictAction
 
 from nat_dense.mm.config import evaluators
-from nat_dense.mm.data_checks import check_transforms, sources
+from nat_dense.mm.data_checks import datasets_of
 
 FLIP_META = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
 """What MMDetection's test-time augmentation needs to know of each view to merge it."""
@@ -123,17 +123,22 @@ def enable_tta(cfg: Config) -> list[str]:
         Sentences for the user: MMDetection merges boxes only, so masks are left out.
 
     Raises:
-        ValueError: the config has no recipe and its task no default, or a transform of the recipe is misspelt.
+        ValueError: the config has no recipe and its task no default, or a tested dataset has no pipeline.
     """
     notices = []
-    tested = [source.cfg for source in sources(cfg.test_dataloader.dataset, "test_dataloader.dataset")]
-    if not (cfg.get("tta_model") and cfg.get("tta_pipeline")):
+    named = datasets_of(cfg.test_dataloader.dataset, "test_dataloader.dataset")
+    tested = {name: config for name, config, is_wrapper in named if not is_wrapper}
+    for name, config in tested.items():
+        if not config.get("pipeline"):
+            raise ValueError(f"--tta: {name} has no pipeline to put the augmentation into.")
+    has_recipe = cfg.get("tta_model") and cfg.get("tta_pipeline")
+    if not has_recipe:
         if cfg.get("default_scope") != "mmdet":
             raise ValueError("--tta needs tta_model and tta_pipeline in the config.")
         nms = dict(type="nms", iou_threshold=0.5)
         cfg.tta_model = dict(type="DetTTAModel", tta_cfg=dict(nms=nms, max_per_img=100))
-        cfg.tta_pipeline = [*tested[0]["pipeline"][:-1], _flip_and_pack()]
-    check_transforms(cfg.tta_pipeline, "tta_pipeline")
+    for config in tested.values():
+        config["pipeline"] = cfg.tta_pipeline if has_recipe else [*config["pipeline"][:-1], _flip_and_pack()]
     if cfg.tta_model.type == "DetTTAModel":
         has_masks = bool(cfg.model.get("roi_head", {}).get("mask_head"))
         if has_masks:
@@ -145,8 +150,6 @@ def enable_tta(cfg: Config) -> list[str]:
         if has_masks:
             notices.append("--tta: MMDetection merges boxes only; masks are not evaluated.")
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-    for dataset in tested:
-        dataset["pipeline"] = cfg.tta_pipeline
     return notices
 
 

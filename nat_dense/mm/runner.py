@@ -13,7 +13,7 @@ from mmengine.visualization import Visualizer
 
 from nat_dense.checkpoints import fetch, read
 from nat_dense.mm.checkpoints import DropEmbeddedConfig, check_fits, check_work_dir, refuse_pickled_code
-from nat_dense.mm.data_checks import check_data
+from nat_dense.mm.data_checks import check_data, check_transforms
 from nat_dense.mm.machine import fit_to_machine, keep_freed_memory
 from nat_dense.mm.model_checks import check_last_batch, check_model, fetch_initial_weights
 from nat_dense.mm.options import enable_tta
@@ -55,6 +55,8 @@ def build_runner(
     notices += warnings
     if training:
         check_training(cfg, model)
+    if tta:
+        check_transforms(cfg.get("tta_pipeline") or [], "tta_pipeline")
     notices += check_data(cfg, tuple(name for name in LOADERS[mode] if cfg.get(name)))
     if training:
         check_last_batch(cfg, model)

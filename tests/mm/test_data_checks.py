@@ -12,7 +12,7 @@ from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 
 from nat_dense.mm.config import load_config
-from nat_dense.mm.data_checks import CHOICES, _check_heads, check_data, sources
+from nat_dense.mm.data_checks import CHOICES, _check_heads, _sources, check_data, check_transforms
 from tests.mm.small import (
     DETECTOR,
     SEGMENTOR,
@@ -148,17 +148,6 @@ def test_annotation_file_that_lacks_something(coco, change, expected):
     cfg, root = coco
     edit_annotations(root, change)
     assert expected in message(ValueError, cfg)
-
-
-def test_dataset_whose_ids_repeat(coco):
-    class Repeating(DATASETS.get("mmdet.CocoDataset")):
-        ANN_ID_UNIQUE = False
-
-    cfg, root = coco
-    edit_annotations(root, lambda c: c["annotations"][1].update(id=c["annotations"][0]["id"]))
-    cfg.train_dataloader.dataset.type = Repeating
-    assert check_data(cfg, TRAIN) == []
-    assert len(DATASETS.build(cfg.train_dataloader.dataset)) == 4
 
 
 def test_a_box_only_detector_needs_no_segmentation(coco):
@@ -338,13 +327,53 @@ def test_skipped_images_of_a_segmentor(ade):
         (lambda transform: dict(type="RandomChoice", transforms=[[transform]]), ".transforms[0][0]"),
         (lambda transform: dict(type="TransformBroadcaster", transforms=transform), ".transforms"),
         (lambda transform: dict(type="mmdet.ProposalBroadcaster", transforms=[transform]), ".transforms[0]"),
+        (lambda transform: dict(type="AutoAugment", policies=[[transform]]), ".policies[0][0]"),
+        (lambda transform: dict(type="RandAugment", aug_space=[[transform]]), ".aug_space[0][0]"),
     ],
-    ids=["alone", "choice", "broadcast", "proposals"],
+    ids=["alone", "choice", "broadcast", "proposals", "policies", "space"],
 )
 def test_misspelt_transforms(coco, wrap, inside, change, expected):
     cfg, _ = coco
     cfg.train_dataloader.dataset.pipeline[2] = wrap(dict(type="Resize", scale=(9, 9)) | change)
     assert expected.format(inside) in message(ValueError, cfg)
+
+
+@pytest.mark.parametrize("pipeline", [None, [], [len], [dict(type="AutoAugment")]], ids=str)
+def test_pipelines_with_nothing_to_check(coco, pipeline):
+    cfg, _ = coco
+    cfg.train_dataloader.dataset.pipeline = pipeline
+    check_data(cfg, TRAIN)
+
+
+@pytest.mark.parametrize(
+    ("transforms", "expected"),
+    [
+        (["Resize"], "pipeline[0] is 'Resize': expected the config of a transform, or a list of them"),
+        ([[None]], "pipeline[0][0] is None: expected"),
+        ("Resize", "pipeline is 'Resize': expected"),
+        ([dict(type="RandomChoice", transforms=None)], "pipeline[0].transforms is None: expected"),
+    ],
+)
+def test_what_is_no_transform(transforms, expected):
+    init_default_scope("mmdet")
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        check_transforms(transforms, "pipeline")
+
+
+def test_transforms_inside_are_of_the_scope_of_the_one_outside():
+    init_default_scope("mmdet")
+    inside = dict(type="AdjustGamma")  # MMSegmentation's
+    check_transforms(dict(type="RandomApply", _scope_="mmseg", transforms=[inside]), "pipeline[0]")
+    with pytest.raises(ValueError, match="there is no transform 'AdjustGamma'. Did you mean 'mmseg.AdjustGamma'"):
+        check_transforms(dict(type="RandomApply", transforms=[inside]), "pipeline[0]")
+
+
+def test_pipeline_of_a_wrapper(coco):
+    cfg, _ = coco
+    part = cfg.train_dataloader.dataset
+    mixed = dict(type="MultiImageMixDataset", dataset=part, pipeline=[dict(type="Mosaicc")])
+    cfg.train_dataloader.dataset = mixed
+    assert "train_dataloader.dataset.pipeline[0]: there is no transform 'Mosaicc'. Did" in message(ValueError, cfg)
 
 
 def test_transforms_of_another_library(coco):
@@ -414,7 +443,7 @@ def test_heads_that_count_other_things_are_left_alone(config):
     cfg = load_config(config)
     init_default_scope(cfg.default_scope)
     for loader in TRAIN:
-        for source in sources(cfg[loader].dataset, loader):
+        for source in _sources(cfg[loader].dataset, loader):
             _check_heads(cfg.model, source)
 
 

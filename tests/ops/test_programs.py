@@ -124,8 +124,8 @@ def test_a_gradient_that_was_ruled_out_is_refused(name):
 def test_opcheck(name, case, backend, needs_grad):
     tensors = case.tensors(torch.float32) if name == "na2d" else case.packed(torch.float32)
     tensors.pop("grad_out")
-    tensors = {name: t if t is None or needs_grad else t.detach() for name, t in tensors.items()}
-    arguments = (*tensors.values(), list(case.kernel_size), list(case.dilation), case.dim**-0.5, backend, needs_grad)
+    leaves = [t.detach() if t is not None and needs_grad is False else t for t in tensors.values()]
+    arguments = (*leaves, list(case.kernel_size), list(case.dilation), case.dim**-0.5, backend, needs_grad)
     torch.library.opcheck(getattr(torch.ops.nat_dense, name).default, arguments)
 
 

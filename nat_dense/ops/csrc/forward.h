@@ -28,7 +28,7 @@ class Forward {
         values_(arena, forward_slots(call, V::kRows), channels_ * key_step_),
         query_(arena.take<T>(V::kRows * call.dim * V::kLanes)),
         weight_(arena.take<T>(V::kRows * window_ * V::kLanes)),
-        most_(arena.take<T>(V::kRows * V::kLanes)),
+        largest_(arena.take<T>(V::kRows * V::kLanes)),
         factor_(arena.take<T>(V::kRows * V::kLanes)),
         padded_(arena.take<T>(V::kRows * V::kLanes)) {}
 
@@ -143,9 +143,10 @@ class Forward {
       }
     }
     const int64_t key_column = segment_.query_column[tile.first];
-    for (int r = 0; r < V::kRows; ++r) V::broadcast(-std::numeric_limits<T>::infinity()).store(most_ + r * lanes);
+    T* const largest = call_.pad_key ? nullptr : largest_;  // with padded keys it is found when theirs are there
+    for (int r = 0; r < V::kRows; ++r) V::broadcast(-std::numeric_limits<T>::infinity()).store(largest_ + r * lanes);
     score<V>(block, tile, query_, dim * lanes, lanes, rows.keys, key_step_, dim, &bias_, weight_, window_ * lanes,
-             lanes, kernel_columns, most_, [&](int64_t i) { return next_.at(i, key_column, next_column); });
+             lanes, kernel_columns, largest, [&](int64_t i) { return next_.at(i, key_column, next_column); });
     for (int r = 0; r < block.count; ++r) {
       const LogSum sum = softmax(block, tile, r);
       if (call_.lse) store_lse(rows.lse[r], tile, sum);
@@ -179,7 +180,7 @@ class Forward {
     const auto larger = [](V a, V b) NAT_DENSE_INLINE_LAMBDA { return max(a, b); };
     const auto both = [](V a, V b) NAT_DENSE_INLINE_LAMBDA { return a + b; };
     const auto stored = [&](int64_t i) NAT_DENSE_INLINE_LAMBDA { return V::load(weight + i * lanes); };
-    const V most = call_.pad_key ? reduce(V::load(weight), stored, larger) : V::load(most_ + r * lanes);
+    const V most = call_.pad_key ? reduce(V::load(weight), stored, larger) : V::load(largest_ + r * lanes);
     const auto take = [&](int64_t i) NAT_DENSE_INLINE_LAMBDA {
       const V p = exp2(stored(i) - most);
       p.store(weight + i * lanes);
@@ -224,7 +225,7 @@ class Forward {
   const Ring<T> values_;  // by place, [key positions][channels]
   T* const query_;        // [rows][dim][lanes], scaled
   T* const weight_;       // [rows][window][lanes]: logits, then weights
-  T* const most_;         // [rows][lanes]: the largest logits of real keys
+  T* const largest_;      // [rows][lanes]: of the logits, without padded keys
   T* const factor_;       // [rows][lanes]: one over the sum of the weights
   T* const padded_;       // [rows][lanes]: the padded keys' part of the sum
 };

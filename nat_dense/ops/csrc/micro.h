@@ -36,7 +36,7 @@ struct Dot {
   int64_t y_step;
   const T* bias[V::kRows];  // bias rows; null for none
   T* out[V::kRows];         // [columns][lanes]
-  T* most[V::kRows];        // [lanes], the largest of each query so far; null where nobody asks
+  T* largest[V::kRows];     // [lanes], of each query so far; null where nobody asks
   int64_t out_step;
   int64_t dim;
   const Tile* tile;
@@ -88,13 +88,13 @@ NAT_DENSE_NOINLINE void dot_block(const Dot<V>& a, int column) {
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) sum[r][c].store(out[r] + c * out_step);
   }
-  if (!a.most[0]) return;
+  if (!a.largest[0]) return;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    V most = V::load(a.most[r]);
+    V largest = V::load(a.largest[r]);
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) most = max(most, sum[r][c]);
-    most.store(a.most[r]);
+    for (int c = 0; c < C; ++c) largest = max(largest, sum[r][c]);
+    largest.store(a.largest[r]);
   }
 }
 

@@ -281,14 +281,14 @@ struct Bias {
   const typename V::scalar* row(int64_t place) const { return head + place * stride; }
 };
 
-// Scores of a block of query rows against the key rows that they see: out + r * out_row is [window][step]. `most`
+// Scores of a block of query rows against the key rows that they see: out + r * out_row is [window][step]. `largest`
 // ([rows][lanes], may be null) becomes the largest of each query where that is more. `later(i)` are the lines to ask for
 // with the i-th key row.
 template <class V, class Later>
 void score(const RowBlock& block, const Tile& tile, const typename V::scalar* x, int64_t x_row, int64_t x_step,
            const RowsOf<typename V::scalar>& keys, int64_t key_step, int64_t dim, const Bias<V>* bias,
            typename V::scalar* out, int64_t out_row, int64_t out_step, int64_t kernel_columns,
-           typename V::scalar* most, Later&& later) {
+           typename V::scalar* largest, Later&& later) {
   static_assert(V::kRows <= RowBlock::kMostRows);
   Dot<V> a;
   a.x_step = x_step;
@@ -303,7 +303,7 @@ void score(const RowBlock& block, const Tile& tile, const typename V::scalar* x,
       a.x[r - first] = x + r * x_row;
       a.bias[r - first] = bias ? bias->row(block.bias(r) + window_row) : nullptr;
       a.out[r - first] = out + r * out_row + window_row * kernel_columns * out_step;
-      a.most[r - first] = most ? most + r * V::kLanes : nullptr;
+      a.largest[r - first] = largest ? largest + r * V::kLanes : nullptr;
     }
     a.y = keys.row[place - block.low] + tile.key;
     a.later = later(place - block.low);
