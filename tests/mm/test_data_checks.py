@@ -364,7 +364,7 @@ def test_transforms_inside_are_of_the_scope_of_the_one_outside():
     init_default_scope("mmdet")
     inside = dict(type="AdjustGamma")  # MMSegmentation's
     check_transforms(dict(type="RandomApply", _scope_="mmseg", transforms=[inside]), "pipeline[0]")
-    with pytest.raises(ValueError, match="there is no transform 'AdjustGamma'. Did you mean 'mmseg.AdjustGamma'"):
+    with pytest.raises(ValueError, match=r"there is no transform 'AdjustGamma'\. Did you mean 'mmseg\.AdjustGamma'"):
         check_transforms(dict(type="RandomApply", transforms=[inside]), "pipeline[0]")
 
 
