@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.registry import DATASETS, TRANSFORMS
+from mmengine.registry import DATASETS
 from torch.utils.data import DataLoader
 
 from nat_dense.mm.coco_file import check_boxes, check_categories, check_coco_file
 from nat_dense.mm.config import evaluators
-from nat_dense.mm.fields import check_fields, check_object, known_class
+from nat_dense.mm.fields import check_fields, known_class
 from nat_dense.mm.images import CHANNELS, Picture, find_bad_images, find_bad_labels, sample
+from nat_dense.mm.pipelines import check_pipelines, datasets_of, is_wrapper
 
 CHOICES = {"images": ("sample", "all", "none"), "bad_images": ("stop", "skip"), "other_classes": ("stop", "ignore")}
 """The fields of `data_checks` and their values, the default first."""
@@ -31,19 +32,6 @@ LOADER_FIELDS = ("num_batch_per_epoch", "disable_subprocess_warning")
 
 COCO_DATASET = "mmdet.datasets.coco.CocoDataset"
 SEGMENTATION_DATASET = "mmseg.datasets.basesegdataset.BaseSegDataset"
-NESTING = {
-    "mmcv.transforms.processing.MultiScaleFlipAug": "transforms",
-    "mmcv.transforms.processing.TestTimeAug": "transforms",
-    "mmcv.transforms.wrappers.Compose": "transforms",
-    "mmcv.transforms.wrappers.KeyMapper": "transforms",
-    "mmcv.transforms.wrappers.RandomApply": "transforms",
-    "mmcv.transforms.wrappers.RandomChoice": "transforms",
-    "mmdet.datasets.transforms.augment_wrappers.AutoAugment": "policies",
-    "mmdet.datasets.transforms.augment_wrappers.RandAugment": "aug_space",
-    "mmdet.datasets.transforms.wrappers.ProposalBroadcaster": "transforms",
-}
-"""Transforms that hold others of the registry, and in which field. (Others hold those of another library.)"""
-
 LISTED = 5
 """So many files are named in a message; the rest is counted."""
 
@@ -156,60 +144,6 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
     return warnings
 
 
-def datasets_of(dataset: Any, name: str) -> Iterator[tuple[str, dict, bool]]:
-    """A dataset's config and those inside of it, where it is a wrapper such as RepeatDataset or ConcatDataset.
-
-    Args:
-        dataset: the config.
-        name: where it stands in the whole config.
-
-    Returns:
-        Of each, the place in the config, the config and whether it is a wrapper; what is inside comes before it.
-    """
-    if not isinstance(dataset, dict):
-        return
-    yield from datasets_of(dataset.get("dataset"), f"{name}.dataset")
-    for i, part in enumerate(dataset.get("datasets") or []):
-        yield from datasets_of(part, f"{name}.datasets[{i}]")
-    yield name, dataset, "dataset" in dataset or "datasets" in dataset
-
-
-def check_pipelines(dataset: Any, name: str) -> None:
-    """Checks the pipelines of a dataset, and of those inside of it; arguments as for `datasets_of`.
-
-    Raises:
-        ValueError: as `check_transforms`.
-    """
-    for place, config, _ in datasets_of(dataset, name):
-        if config.get("pipeline") is not None:
-            check_transforms(config["pipeline"], f"{place}.pipeline")
-
-
-def check_transforms(transforms: Any, name: str) -> None:
-    """Checks that transforms exist and have the fields that they are given, also those inside of others.
-
-    Args:
-        transforms: the config of one or a function, or a list of them or of such lists, as in a choice.
-        name: where it stands in the config, for messages.
-
-    Raises:
-        ValueError: there is no such transform, it has no such field, or something else stands in its place.
-    """
-    if isinstance(transforms, (list, tuple)):
-        for i, part in enumerate(transforms):
-            check_transforms(part, f"{name}[{i}]")
-    elif isinstance(transforms, dict):
-        cls = known_class(name, transforms, TRANSFORMS)
-        check_object(name, transforms, cls)
-        bases = (f"{base.__module__}.{base.__name__}" for base in getattr(cls, "__mro__", ()))
-        field = next((NESTING[base] for base in bases if base in NESTING), None)
-        if field in transforms:
-            with TRANSFORMS.switch_scope_and_registry(transforms.get("_scope_")):
-                check_transforms(transforms[field], f"{name}.{field}")
-    elif not callable(transforms):
-        raise ValueError(f"{name} is {transforms!r}: expected the config of a transform, or a list of them.")
-
-
 def _naming_part(cfg: Config) -> str | None:
     """What of an image's path names the files that a test draws or writes for it; None where it makes none."""
     if any(evaluator.get("output_dir") for evaluator in evaluators(cfg, "test_dataloader")):
@@ -238,8 +172,8 @@ def _check_loader_fields(loader: dict, name: str) -> None:
 
 def _sources(dataset: Any, name: str) -> Iterator[Source]:
     """The datasets that are no wrappers, where their type is a class."""
-    for place, config, is_wrapper in datasets_of(dataset, name):
-        if not is_wrapper and isinstance(cls := known_class(place, config, DATASETS), type):
+    for place, config in datasets_of(dataset, name):
+        if not is_wrapper(config) and isinstance(cls := known_class(place, config, DATASETS), type):
             yield Source(place, config, cls)
 
 

@@ -26,17 +26,22 @@ def class_of(node: dict, registry: Registry) -> Any:
         return scoped.get(found)
 
 
-def check_node(name: str, node: dict, registry: Registry, others: Iterable[str] = ()) -> None:
+def check_node(name: str, node: dict, registry: Registry, others: Iterable[str] = ()) -> Any:
     """Checks the type and the fields of a config.
 
     Args:
         name, node, others: As in `check_object`.
         registry: where its `type` is looked up.
 
+    Returns:
+        What its `type` stands for.
+
     Raises:
         ValueError: there is no such type, or it has no such field.
     """
-    check_object(name, node, known_class(name, node, registry), others)
+    cls = known_class(name, node, registry)
+    check_object(name, node, cls, others)
+    return cls
 
 
 def known_class(name: str, node: dict, registry: Registry) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 from mmengine.config import Config, ConfigDict, DictAction
 
 from nat_dense.mm.config import evaluators
-from nat_dense.mm.data_checks import datasets_of
+from nat_dense.mm.pipelines import datasets_of, is_wrapper
 
 FLIP_META = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
 """What MMDetection's test-time augmentation needs to know of each view to merge it."""
@@ -127,8 +127,8 @@ def enable_tta(cfg: Config) -> list[str]:
     """
     notices = []
     named = datasets_of(cfg.test_dataloader.dataset, "test_dataloader.dataset")
-    tested = {name: config for name, config, is_wrapper in named if not is_wrapper}
-    for name, config in tested.items():
+    tested = [(name, config) for name, config in named if not is_wrapper(config)]
+    for name, config in tested:
         if not config.get("pipeline"):
             raise ValueError(f"--tta: {name} has no pipeline to put the augmentation into.")
     has_recipe = cfg.get("tta_model") and cfg.get("tta_pipeline")
@@ -137,7 +137,7 @@ def enable_tta(cfg: Config) -> list[str]:
             raise ValueError("--tta needs tta_model and tta_pipeline in the config.")
         nms = dict(type="nms", iou_threshold=0.5)
         cfg.tta_model = dict(type="DetTTAModel", tta_cfg=dict(nms=nms, max_per_img=100))
-    for config in tested.values():
+    for _, config in tested:
         config["pipeline"] = cfg.tta_pipeline if has_recipe else [*config["pipeline"][:-1], _flip_and_pack()]
     if cfg.tta_model.type == "DetTTAModel":
         has_masks = bool(cfg.model.get("roi_head", {}).get("mask_head"))

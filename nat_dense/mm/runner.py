@@ -13,10 +13,11 @@ from mmengine.visualization import Visualizer
 
 from nat_dense.checkpoints import fetch, read
 from nat_dense.mm.checkpoints import DropEmbeddedConfig, check_fits, check_work_dir, refuse_pickled_code
-from nat_dense.mm.data_checks import check_data, check_transforms
+from nat_dense.mm.data_checks import check_data
 from nat_dense.mm.machine import fit_to_machine, keep_freed_memory
 from nat_dense.mm.model_checks import check_last_batch, check_model, fetch_initial_weights
 from nat_dense.mm.options import enable_tta
+from nat_dense.mm.pipelines import check_transforms
 from nat_dense.mm.processes import join_on_cpus, let_first_write_metrics
 from nat_dense.mm.training_checks import check_training
 

@@ -2,13 +2,17 @@
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 from mmengine.config import Config, DictAction
 from PIL import Image
+
+from nat_dense.mm.data_checks import check_data
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DETECTOR = str(REPOSITORY / "configs/mask_rcnn/mask-rcnn_nat-tiny_fpn_8xb2-amp-ms-crop-3x_coco.py")
@@ -16,6 +20,8 @@ SEGMENTOR = str(REPOSITORY / "configs/upernet/nat-tiny_upernet_8xb2-amp-160k_ade
 
 SIZE = (96, 64)
 """Width and height of the pictures."""
+
+TRAIN = ("train_dataloader", "val_dataloader")
 
 NANO = ["model.backbone.arch=nano", "model.backbone.init_cfg=None"]
 
@@ -149,3 +155,18 @@ def _shrink_sizes(node: Any) -> None:
                 node[key] = size
     for child in node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else ():
         _shrink_sizes(child)
+
+
+def edit_annotations(root: Path, change: Callable[[dict], Any]) -> None:
+    """Changes the training annotations of `write_coco`'s data."""
+    file = root / "annotations" / "instances_train2017.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def message(error: type[Exception], cfg: Config, loaders: tuple[str, ...] = TRAIN) -> str:
+    """What `check_data` says of data that it refuses."""
+    with pytest.raises(error) as raised:
+        check_data(cfg, loaders)
+    return str(raised.value)

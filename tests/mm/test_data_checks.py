@@ -12,48 +12,8 @@ from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 
 from nat_dense.mm.config import load_config
-from nat_dense.mm.data_checks import CHOICES, _check_heads, _sources, check_data, check_transforms
-from tests.mm.small import (
-    DETECTOR,
-    SEGMENTOR,
-    SIZE,
-    ade_options,
-    coco_options,
-    parse_options,
-    write_ade,
-    write_coco,
-)
-
-TRAIN = ("train_dataloader", "val_dataloader")
-
-
-@pytest.fixture
-def coco(tmp_path):
-    """A detector's config on small data, and where the data lies."""
-    init_default_scope("mmdet")
-    root = write_coco(tmp_path / "coco")
-    return load_config(DETECTOR, parse_options(coco_options(root))), root
-
-
-@pytest.fixture
-def ade(tmp_path):
-    """A segmentor's config on small data, and where the data lies."""
-    init_default_scope("mmseg")
-    root = write_ade(tmp_path / "ade")
-    return load_config(SEGMENTOR, parse_options(ade_options(root))), root
-
-
-def edit_annotations(root: Path, change) -> None:
-    file = root / "annotations" / "instances_train2017.json"
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
-
-
-def message(error: type[Exception], cfg, loaders=TRAIN) -> str:
-    with pytest.raises(error) as raised:
-        check_data(cfg, loaders)
-    return str(raised.value)
+from nat_dense.mm.data_checks import CHOICES, _check_heads, _sources, check_data
+from tests.mm.small import DETECTOR, SIZE, TRAIN, coco_options, message, parse_options, write_coco
 
 
 def test_good_data_passes_without_a_word(coco, ade):
@@ -63,41 +23,12 @@ def test_good_data_passes_without_a_word(coco, ade):
     assert check_data(ade[0], TRAIN) == []
 
 
-@pytest.mark.parametrize(
-    ("bbox", "area"), [([70, 8, 0.5, 32], 16), ([96, 0, 10, 10], 100), ([-20, 0, 20, 10], 200), ([16, 8, 48, 32], 0)]
-)
-def test_boxes_that_are_not_trained_with(coco, bbox, area):
-    cfg, root = coco
-    edit_annotations(root, lambda c: c["annotations"][1].update(bbox=bbox, area=area))
-    (notice,) = check_data(cfg, TRAIN)
-    assert "train_dataloader.dataset.ann_file: " in notice
-    assert f"1 of 4 boxes are left out: smaller than a pixel or outside their image, such as {bbox} (id 2)" in notice
-    instances = [len(DATASETS.build(cfg.train_dataloader.dataset).get_data_info(i)["instances"]) for i in range(4)]
-    assert instances == [1, 0, 1, 1]  # MMDetection says nothing of it
-    edit_annotations(root, lambda c: c["annotations"][1].update(ignore=1))
-    assert check_data(cfg, TRAIN) == []
-
-
-def test_boxes_as_fractions_of_the_image(coco):
-    cfg, root = coco
-    edit_annotations(root, lambda c: [a.update(bbox=[0.1, 0.1, 0.5, 0.5]) for a in c["annotations"]])
-    text = message(ValueError, cfg)
-    assert "all 4 boxes are smaller than a pixel or outside their image, such as [0.1, 0.1, 0.5, 0.5] (id 1)" in text
-    assert text.endswith("on 96x64 pixels: expected [x, y, width, height] in pixels.")
-
-
 def test_missing_data_root(coco):
     cfg, _ = coco
     cfg.train_dataloader.dataset.data_root = "nowhere"
     text = message(FileNotFoundError, cfg)
     assert "'nowhere'" in text
     assert "--cfg-options train_dataloader.dataset.data_root=DIR" in text
-
-
-def test_missing_annotation_file(coco):
-    cfg, root = coco
-    (root / "annotations" / "instances_train2017.json").unlink()
-    assert "instances_train2017.json" in message(FileNotFoundError, cfg)
 
 
 def test_missing_annotation_file_of_the_evaluator(coco):
@@ -117,82 +48,6 @@ def test_missing_label_folder(ade):
     cfg, root = ade
     (root / "annotations/training").rename(root / "moved")
     assert "data_prefix.seg_map_path" in message(FileNotFoundError, cfg)
-
-
-def test_annotation_file_that_is_not_json(coco):
-    cfg, root = coco
-    (root / "annotations" / "instances_train2017.json").write_text('{"images": [')
-    text = message(ValueError, cfg)
-    assert "is not JSON" in text
-    assert "line 1 column 13" in text
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (lambda c: c.pop("categories"), "has no list 'categories'"),
-        (lambda c: c["images"][1].pop("file_name"), "images[1] lacks 'file_name'"),
-        (lambda c: c["images"].append(7), "images[4] is 7, not an object with keys"),
-        (lambda c: c["annotations"][2].pop("bbox"), "annotations[2] lacks 'bbox'"),
-        (lambda c: c["annotations"][0].pop("segmentation"), "annotations[0] lacks 'segmentation'"),
-        (lambda c: c["annotations"][0].update(image_id=99), "image_id 99, which no image has"),
-        (lambda c: c["annotations"][0].update(category_id=99), "category_id 99, which no category has"),
-        (lambda c: c["annotations"].clear(), "has no annotations, and filter_cfg.filter_empty_gt leaves out images"),
-        (lambda c: c["annotations"][1].update(id=c["annotations"][0]["id"]), "annotations[1] has the id"),
-        (lambda c: c["annotations"][1].update(bbox=["1", 2, 3, 4]), "annotations[1].bbox is ['1', 2, 3, 4]"),
-        (lambda c: c["annotations"][1].update(bbox=[1, 2, 3]), "annotations[1].bbox is [1, 2, 3]"),
-        (lambda c: c["annotations"][1].update(area="large"), "annotations[1].area is 'large'"),
-    ],
-)
-def test_annotation_file_that_lacks_something(coco, change, expected):
-    cfg, root = coco
-    edit_annotations(root, change)
-    assert expected in message(ValueError, cfg)
-
-
-def test_a_box_only_detector_needs_no_segmentation(coco):
-    cfg, root = coco
-    edit_annotations(root, lambda c: c["annotations"][0].pop("segmentation"))
-    cfg.train_dataloader.dataset.pipeline[1].with_mask = False
-    assert check_data(cfg, TRAIN) == []
-
-
-def test_classes_that_the_config_does_not_have(coco):
-    cfg, root = coco
-    edit_annotations(root, lambda c: c["categories"].append(dict(id=81, name="hazelnut")))
-    text = message(ValueError, cfg)
-    assert "'hazelnut'" in text
-    assert "metainfo.classes" in text
-    cfg.data_checks = dict(other_classes="ignore")
-    assert check_data(cfg, TRAIN) == []
-
-
-def test_classes_that_the_annotations_do_not_have(coco):
-    cfg, root = coco
-    edit_annotations(root, lambda c: c["categories"].pop())
-    assert "no category for the config's classes 'toothbrush'" in message(ValueError, cfg)
-
-
-def test_classes_from_a_file(coco, tmp_path):
-    cfg, _ = coco
-    (tmp_path / "classes.txt").write_text("date\nfig\n")
-    cfg.train_dataloader.dataset.metainfo = dict(classes=str(tmp_path / "classes.txt"))
-    assert "the config's: 'date', 'fig'." in message(ValueError, cfg)
-
-
-def test_classes_in_another_order(coco):
-    cfg, root = coco
-    edit_annotations(root, lambda c: c["categories"].reverse())
-    assert "another order" in message(ValueError, cfg)
-
-
-def test_mmdetection_numbers_labels_in_the_order_of_the_file(coco):
-    """Why another order is refused: the label of the only class "bicycle" box becomes its place in the file."""
-    cfg, root = coco
-    edit_annotations(root, lambda c: c["categories"].reverse())
-    dataset = DATASETS.build(cfg.train_dataloader.dataset)
-    assert dataset.metainfo["classes"][1] == "bicycle"
-    assert dataset.get_data_info(1)["instances"][0]["bbox_label"] == 78  # "hair drier" by the config's names
 
 
 def test_heads_with_another_number_of_classes(coco, ade):
@@ -309,79 +164,6 @@ def test_skipped_images_of_a_segmentor(ade):
     cfg.data_checks = dict(bad_images="skip")
     assert "They are skipped." in check_data(cfg, TRAIN)[0]
     assert len(DATASETS.build(cfg.train_dataloader.dataset)) == 3
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (dict(type="Resiz"), "train_dataloader.dataset.pipeline[2]{}: there is no transform 'Resiz'. Did you mean"),
-        (dict(scal=(9, 9)), "pipeline[2]{}: Resize has no field 'scal'. Did you mean 'scale'?"),
-        (dict(type=""), "pipeline[2]{} has no type: expected the transform's name"),
-        (dict(type=3), "pipeline[2]{}: type=3: expected the transform's name, or its class"),
-    ],
-)
-@pytest.mark.parametrize(
-    ("wrap", "inside"),
-    [
-        (lambda transform: transform, ""),
-        (lambda transform: dict(type="RandomChoice", transforms=[[transform]]), ".transforms[0][0]"),
-        (lambda transform: dict(type="TransformBroadcaster", transforms=transform), ".transforms"),
-        (lambda transform: dict(type="mmdet.ProposalBroadcaster", transforms=[transform]), ".transforms[0]"),
-        (lambda transform: dict(type="AutoAugment", policies=[[transform]]), ".policies[0][0]"),
-        (lambda transform: dict(type="RandAugment", aug_space=[[transform]]), ".aug_space[0][0]"),
-    ],
-    ids=["alone", "choice", "broadcast", "proposals", "policies", "space"],
-)
-def test_misspelt_transforms(coco, wrap, inside, change, expected):
-    cfg, _ = coco
-    cfg.train_dataloader.dataset.pipeline[2] = wrap(dict(type="Resize", scale=(9, 9)) | change)
-    assert expected.format(inside) in message(ValueError, cfg)
-
-
-@pytest.mark.parametrize("pipeline", [None, [], [len], [dict(type="AutoAugment")]], ids=str)
-def test_pipelines_with_nothing_to_check(coco, pipeline):
-    cfg, _ = coco
-    cfg.train_dataloader.dataset.pipeline = pipeline
-    check_data(cfg, TRAIN)
-
-
-@pytest.mark.parametrize(
-    ("transforms", "expected"),
-    [
-        (["Resize"], "pipeline[0] is 'Resize': expected the config of a transform, or a list of them"),
-        ([[None]], "pipeline[0][0] is None: expected"),
-        ("Resize", "pipeline is 'Resize': expected"),
-        ([dict(type="RandomChoice", transforms=None)], "pipeline[0].transforms is None: expected"),
-    ],
-)
-def test_what_is_no_transform(transforms, expected):
-    init_default_scope("mmdet")
-    with pytest.raises(ValueError, match=re.escape(expected)):
-        check_transforms(transforms, "pipeline")
-
-
-def test_transforms_inside_are_of_the_scope_of_the_one_outside():
-    init_default_scope("mmdet")
-    inside = dict(type="AdjustGamma")  # MMSegmentation's
-    check_transforms(dict(type="RandomApply", _scope_="mmseg", transforms=[inside]), "pipeline[0]")
-    with pytest.raises(ValueError, match=r"there is no transform 'AdjustGamma'\. Did you mean 'mmseg\.AdjustGamma'"):
-        check_transforms(dict(type="RandomApply", transforms=[inside]), "pipeline[0]")
-
-
-def test_pipeline_of_a_wrapper(coco):
-    cfg, _ = coco
-    part = cfg.train_dataloader.dataset
-    mixed = dict(type="MultiImageMixDataset", dataset=part, pipeline=[dict(type="Mosaicc")])
-    cfg.train_dataloader.dataset = mixed
-    assert "train_dataloader.dataset.pipeline[0]: there is no transform 'Mosaicc'. Did" in message(ValueError, cfg)
-
-
-def test_transforms_of_another_library(coco):
-    """Their names are not those of the registry."""
-    cfg, _ = coco
-    flip = dict(type="HorizontalFlip", p=0.5)
-    cfg.train_dataloader.dataset.pipeline[2] = dict(type="Albu", transforms=[flip])
-    check_data(cfg, TRAIN)
 
 
 def test_labels_that_are_reduced_at_one_place_alone(ade):

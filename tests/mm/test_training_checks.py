@@ -13,8 +13,8 @@ from mmengine.registry import HOOKS, init_default_scope
 from torch import nn
 
 from nat_dense.mm.config import load_config
-from nat_dense.mm.data_checks import check_pipelines
 from nat_dense.mm.fields import fields_of
+from nat_dense.mm.pipelines import check_pipelines
 from nat_dense.mm.training_checks import check_training
 from tests.mm.small import DETECTOR, SEGMENTOR, load_tool, parse_options
 

@@ -1,8 +1,6 @@
 // The forward pass of one item: a run of query rows of one head, in one segment of columns.
 #pragma once
 
-#include <limits>
-
 #include "window.h"
 
 namespace nat_dense {
@@ -144,7 +142,6 @@ class Forward {
     }
     const int64_t key_column = segment_.query_column[tile.first];
     T* const largest = call_.pad_key ? nullptr : largest_;  // with padded keys it is found when theirs are there
-    for (int r = 0; r < V::kRows; ++r) V::broadcast(-std::numeric_limits<T>::infinity()).store(largest_ + r * lanes);
     score<V>(block, tile, query_, dim * lanes, lanes, rows.keys, key_step_, dim, &bias_, weight_, window_ * lanes,
              lanes, kernel_columns, largest, [&](int64_t i) { return next_.at(i, key_column, next_column); });
     for (int r = 0; r < block.count; ++r) {

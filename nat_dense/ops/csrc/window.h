@@ -2,6 +2,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <limits>
 
 #include "micro.h"
 
@@ -282,8 +283,8 @@ struct Bias {
 };
 
 // Scores of a block of query rows against the key rows that they see: out + r * out_row is [window][step]. `largest`
-// ([rows][lanes], may be null) becomes the largest of each query where that is more. `later(i)` are the lines to ask for
-// with the i-th key row.
+// ([rows][lanes], may be null) becomes the largest of each query. `later(i)` are the lines to ask for with the i-th key
+// row.
 template <class V, class Later>
 void score(const RowBlock& block, const Tile& tile, const typename V::scalar* x, int64_t x_row, int64_t x_step,
            const RowsOf<typename V::scalar>& keys, int64_t key_step, int64_t dim, const Bias<V>* bias,
@@ -296,6 +297,9 @@ void score(const RowBlock& block, const Tile& tile, const typename V::scalar* x,
   a.out_step = out_step;
   a.dim = dim;
   a.tile = &tile;
+  for (int r = 0; largest && r < block.count; ++r) {
+    V::broadcast(-std::numeric_limits<typename V::scalar>::infinity()).store(largest + r * V::kLanes);
+  }
   for (int64_t place = block.low; place < block.high; ++place) {
     const int first = block.first(place), last = block.last(place);
     for (int r = first; r < last; ++r) {

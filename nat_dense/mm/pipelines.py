@@ -1,0 +1,79 @@
+"""The datasets of a config, those inside wrappers too, and the transforms of their pipelines."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from mmengine.registry import TRANSFORMS
+
+from nat_dense.mm.fields import check_node
+
+NESTING = {
+    "mmcv.transforms.processing.MultiScaleFlipAug": "transforms",
+    "mmcv.transforms.processing.TestTimeAug": "transforms",
+    "mmcv.transforms.wrappers.Compose": "transforms",
+    "mmcv.transforms.wrappers.KeyMapper": "transforms",
+    "mmcv.transforms.wrappers.RandomApply": "transforms",
+    "mmcv.transforms.wrappers.RandomChoice": "transforms",
+    "mmdet.datasets.transforms.augment_wrappers.AutoAugment": "policies",
+    "mmdet.datasets.transforms.augment_wrappers.RandAugment": "aug_space",
+    "mmdet.datasets.transforms.wrappers.ProposalBroadcaster": "transforms",
+}
+"""Transforms that hold others of the registry, and in which field. (Others hold those of another library.)"""
+
+
+def datasets_of(dataset: Any, name: str) -> Iterator[tuple[str, dict]]:
+    """A dataset's config and those inside of it, where it is a wrapper such as RepeatDataset or ConcatDataset.
+
+    Args:
+        dataset: the config.
+        name: where it stands in the whole config.
+
+    Returns:
+        Of each, the place in the whole config and the config; what is inside comes before it.
+    """
+    if not isinstance(dataset, dict):
+        return
+    yield from datasets_of(dataset.get("dataset"), f"{name}.dataset")
+    for i, part in enumerate(dataset.get("datasets") or []):
+        yield from datasets_of(part, f"{name}.datasets[{i}]")
+    yield name, dataset
+
+
+def is_wrapper(dataset: dict) -> bool:
+    """Whether the config of a dataset has others inside."""
+    return "dataset" in dataset or "datasets" in dataset
+
+
+def check_pipelines(dataset: Any, name: str) -> None:
+    """Checks the pipelines of a dataset, and of those inside of it; arguments as for `datasets_of`.
+
+    Raises:
+        ValueError: as `check_transforms`.
+    """
+    for place, config in datasets_of(dataset, name):
+        if config.get("pipeline") is not None:
+            check_transforms(config["pipeline"], f"{place}.pipeline")
+
+
+def check_transforms(transforms: Any, name: str) -> None:
+    """Checks that transforms exist and have the fields that they are given, also those inside of others.
+
+    Args:
+        transforms: the config of one or a function, or a list of them or of such lists, as in a choice.
+        name: where it stands in the config, for messages.
+
+    Raises:
+        ValueError: there is no such transform, it has no such field, or something else stands in its place.
+    """
+    if isinstance(transforms, (list, tuple)):
+        for i, part in enumerate(transforms):
+            check_transforms(part, f"{name}[{i}]")
+    elif isinstance(transforms, dict):
+        cls = check_node(name, transforms, TRANSFORMS)
+        bases = (f"{base.__module__}.{base.__name__}" for base in getattr(cls, "__mro__", ()))
+        field = next((NESTING[base] for base in bases if base in NESTING), None)
+        if field in transforms:
+            with TRANSFORMS.switch_scope_and_registry(transforms.get("_scope_")):
+                check_transforms(transforms[field], f"{name}.{field}")
+    elif not callable(transforms):
+        raise ValueError(f"{name} is {transforms!r}: expected the config of a transform, or a list of them.")

@@ -1,0 +1,112 @@
+"""Bad COCO files are refused before training starts, and boxes that are left out are told of."""
+
+import pytest
+from mmengine.registry import DATASETS
+
+from nat_dense.mm.data_checks import check_data
+from tests.mm.small import TRAIN, edit_annotations, message
+
+
+@pytest.mark.parametrize(
+    ("bbox", "area"), [([70, 8, 0.5, 32], 16), ([96, 0, 10, 10], 100), ([-20, 0, 20, 10], 200), ([16, 8, 48, 32], 0)]
+)
+def test_boxes_that_are_not_trained_with(coco, bbox, area):
+    cfg, root = coco
+    edit_annotations(root, lambda c: c["annotations"][1].update(bbox=bbox, area=area))
+    (notice,) = check_data(cfg, TRAIN)
+    assert "train_dataloader.dataset.ann_file: " in notice
+    assert f"1 of 4 boxes are left out: smaller than a pixel or outside their image, such as {bbox} (id 2)" in notice
+    instances = [len(DATASETS.build(cfg.train_dataloader.dataset).get_data_info(i)["instances"]) for i in range(4)]
+    assert instances == [1, 0, 1, 1]  # MMDetection says nothing of it
+    edit_annotations(root, lambda c: c["annotations"][1].update(ignore=1))
+    assert check_data(cfg, TRAIN) == []
+
+
+def test_boxes_as_fractions_of_the_image(coco):
+    cfg, root = coco
+    edit_annotations(root, lambda c: [a.update(bbox=[0.1, 0.1, 0.5, 0.5]) for a in c["annotations"]])
+    text = message(ValueError, cfg)
+    assert "all 4 boxes are smaller than a pixel or outside their image, such as [0.1, 0.1, 0.5, 0.5] (id 1)" in text
+    assert text.endswith("on 96x64 pixels: expected [x, y, width, height] in pixels.")
+
+
+def test_missing_annotation_file(coco):
+    cfg, root = coco
+    (root / "annotations" / "instances_train2017.json").unlink()
+    assert "instances_train2017.json" in message(FileNotFoundError, cfg)
+
+
+def test_annotation_file_that_is_not_json(coco):
+    cfg, root = coco
+    (root / "annotations" / "instances_train2017.json").write_text('{"images": [')
+    text = message(ValueError, cfg)
+    assert "is not JSON" in text
+    assert "line 1 column 13" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda c: c.pop("categories"), "has no list 'categories'"),
+        (lambda c: c["images"][1].pop("file_name"), "images[1] lacks 'file_name'"),
+        (lambda c: c["images"].append(7), "images[4] is 7, not an object with keys"),
+        (lambda c: c["annotations"][2].pop("bbox"), "annotations[2] lacks 'bbox'"),
+        (lambda c: c["annotations"][0].pop("segmentation"), "annotations[0] lacks 'segmentation'"),
+        (lambda c: c["annotations"][0].update(image_id=99), "image_id 99, which no image has"),
+        (lambda c: c["annotations"][0].update(category_id=99), "category_id 99, which no category has"),
+        (lambda c: c["annotations"].clear(), "has no annotations, and filter_cfg.filter_empty_gt leaves out images"),
+        (lambda c: c["annotations"][1].update(id=c["annotations"][0]["id"]), "annotations[1] has the id"),
+        (lambda c: c["annotations"][1].update(bbox=["1", 2, 3, 4]), "annotations[1].bbox is ['1', 2, 3, 4]"),
+        (lambda c: c["annotations"][1].update(bbox=[1, 2, 3]), "annotations[1].bbox is [1, 2, 3]"),
+        (lambda c: c["annotations"][1].update(area="large"), "annotations[1].area is 'large'"),
+    ],
+)
+def test_annotation_file_that_lacks_something(coco, change, expected):
+    cfg, root = coco
+    edit_annotations(root, change)
+    assert expected in message(ValueError, cfg)
+
+
+def test_a_box_only_detector_needs_no_segmentation(coco):
+    cfg, root = coco
+    edit_annotations(root, lambda c: c["annotations"][0].pop("segmentation"))
+    cfg.train_dataloader.dataset.pipeline[1].with_mask = False
+    assert check_data(cfg, TRAIN) == []
+
+
+def test_classes_that_the_config_does_not_have(coco):
+    cfg, root = coco
+    edit_annotations(root, lambda c: c["categories"].append(dict(id=81, name="hazelnut")))
+    text = message(ValueError, cfg)
+    assert "'hazelnut'" in text
+    assert "metainfo.classes" in text
+    cfg.data_checks = dict(other_classes="ignore")
+    assert check_data(cfg, TRAIN) == []
+
+
+def test_classes_that_the_annotations_do_not_have(coco):
+    cfg, root = coco
+    edit_annotations(root, lambda c: c["categories"].pop())
+    assert "no category for the config's classes 'toothbrush'" in message(ValueError, cfg)
+
+
+def test_classes_from_a_file(coco, tmp_path):
+    cfg, _ = coco
+    (tmp_path / "classes.txt").write_text("date\nfig\n")
+    cfg.train_dataloader.dataset.metainfo = dict(classes=str(tmp_path / "classes.txt"))
+    assert "the config's: 'date', 'fig'." in message(ValueError, cfg)
+
+
+def test_classes_in_another_order(coco):
+    cfg, root = coco
+    edit_annotations(root, lambda c: c["categories"].reverse())
+    assert "another order" in message(ValueError, cfg)
+
+
+def test_mmdetection_numbers_labels_in_the_order_of_the_file(coco):
+    """Why another order is refused: the label of the only class "bicycle" box becomes its place in the file."""
+    cfg, root = coco
+    edit_annotations(root, lambda c: c["categories"].reverse())
+    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    assert dataset.metainfo["classes"][1] == "bicycle"
+    assert dataset.get_data_info(1)["instances"][0]["bbox_label"] == 78  # "hair drier" by the config's names
