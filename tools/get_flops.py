@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from nat_dense.checkpoints.writing import atomic, check_folder, check_free
 from nat_dense.mm.errors import one_line_errors
 from nat_dense.mm.flops import count_config
 from nat_dense.mm.options import KeyValues
@@ -28,7 +29,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar=("H", "W"),
         help="height and width in pixels of the image that reaches the backbone (800 1280 and 512 2048 are customary)",
     )
-    parser.add_argument("--json", metavar="FILE", help="write exact numbers, by part and kind of operation")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write exact numbers, by part and kind of operation")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
     parser.add_argument(
         "--cfg-options", nargs="+", action=KeyValues, default={}, metavar="KEY=VALUE", help="changes to the config"
     )
@@ -38,9 +40,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     with one_line_errors("get_flops.py"):
+        if args.json:
+            check_folder(args.json)
+            check_free(args.json, args.overwrite)
         cost = count_config(load_swapped(args), *args.shape)
         if args.json:
-            Path(args.json).write_text(json.dumps({"config": args.config, **cost.as_dict()}, indent=2) + "\n")
+            with atomic(args.json) as part:
+                part.write_text(json.dumps({"config": args.config, **cost.as_dict()}, indent=2) + "\n")
     Console().print(cost.as_table())
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nat_dense.mm.errors import one_line_errors
 from nat_dense.mm.options import KeyValues
-from nat_dense.mm.swap.command import add_swap_options, load_swapped, write_expanded, write_inheriting
+from nat_dense.mm.swap.command import add_swap_options, check_new_config, load_swapped, write_expanded, write_inheriting
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -27,14 +27,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.backbone:
         parser.error("--backbone is missing: say what to put under the model")
-    if args.out.exists() and not args.overwrite:
-        parser.error(f"{args.out} exists; choose another file, or allow to replace it (--overwrite)")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     with one_line_errors("swap_backbone.py"):
+        check_new_config(args.out, args.overwrite)
         cfg = load_swapped(args)
         if args.inherit:
             write_inheriting(cfg, args.config, args.out)

@@ -57,7 +57,8 @@ def convert(
     Raises:
         FileExistsError: There is a file already and `overwrite` is False.
         FileNotFoundError: There is no such file, or no folder to write into.
-        ValueError: The file is refused as in `load`, or can't be what is asked for.
+        ValueError: The file is refused as in `load`, can't be what is asked for, or would
+            be replaced by less.
     """
     target = Path(target)
     folder = _check_target(target, to, overwrite)
@@ -78,6 +79,14 @@ def convert(
         tensors = to_hf(tensors, model_type if head else None)
     elif to == "mm":
         tensors = _with_heads(found, layout)
+    if dilations is not None and not (folder and model_type == "dinat"):
+        raise ValueError("dilations (--dilations) are for the config of a DiNAT, which goes with a folder and to='hf'")
+    lost = [*found.left_out, *map(str, checkpoint.extras)]
+    if lost and target.exists() and Path(source).exists() and target.samefile(source):
+        raise ValueError(
+            f"{target} is what is read, and {len(lost)} of its parts, such as {lost[0]!r}, are none of its new form: "
+            "they would be lost. Name another file"
+        )
     if folder:
         config = _hf_config(architecture, kernel_size, model_type, dilations)
         target.mkdir(exist_ok=True)

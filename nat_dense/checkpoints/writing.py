@@ -43,15 +43,33 @@ def atomic(path: str | Path, suffix: str = ".part") -> Iterator[Path]:
 
 
 def check_folder(path: Path) -> None:
-    """Raises FileNotFoundError unless the folder of `path` exists."""
+    """Raises FileNotFoundError or PermissionError unless there is a folder for `path` that can be written to."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"the folder {path.parent} may not be written to, so {path.name} can't be")
 
 
-def check_free(path: Path, overwrite: bool) -> None:
-    """Raises FileExistsError where there is a file that may not be replaced."""
+def check_free(path: Path, overwrite: bool = False) -> None:
+    """Raises FileExistsError or IsADirectoryError where there is something that may not be replaced."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file in it")
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; remove it, or allow to replace it (overwrite=True, --overwrite)")
+        raise FileExistsError(f"{path} exists; name another, or allow to replace it (overwrite=True, --overwrite)")
+
+
+def make_empty_folder(path: Path) -> None:
+    """Creates a folder to fill, with those that it lies in.
+
+    Raises:
+        FileExistsError: there is a file, or a folder that holds something.
+        OSError: it can't be created.
+    """
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file; name a folder, or none that exists")
+    if path.is_dir() and any(path.iterdir()):
+        raise FileExistsError(f"the folder {path} is not empty, and nothing is overwritten; name another")
+    path.mkdir(parents=True, exist_ok=True)
 
 
 def check_suffix(path: str | Path) -> None:

@@ -210,11 +210,29 @@ def test_converting_a_file_onto_itself(tmp_path):
     path = tmp_path / "x.safetensors"
     save(state, path)
     before = path.stat().st_mtime_ns
-    with pytest.raises(FileExistsError, match=r"x.safetensors exists; remove it, or allow to replace it"):
+    with pytest.raises(FileExistsError, match=r"x.safetensors exists; name another, or allow to replace it"):
         checkpoints.convert(path, path, "dense")
     assert path.stat().st_mtime_ns == before
     checkpoints.convert(path, path, "dense", overwrite=True)
     assert_bits(checkpoints.read(path).tensors, state)
+
+
+@pytest.mark.parametrize("more", [{"neck.weight": torch.ones(2)}, {"optimizer": {}}], ids=["tensor", "entry"])
+def test_what_a_file_would_lose_by_its_own_conversion(tmp_path, more):
+    state = {f"backbone.{name}": value for name, value in MODELS["dense"]().state_dict().items()}
+    tensors = state | {name: value for name, value in more.items() if isinstance(value, torch.Tensor)}
+    path = tmp_path / "x.pth"
+    torch.save({"state_dict": tensors} | {name: value for name, value in more.items() if name == "optimizer"}, path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=f"is what is read, and 1 of its parts, such as '{next(iter(more))}'"):
+        checkpoints.convert(path, path, "dense", overwrite=True)
+    assert path.read_bytes() == before
+
+
+def test_dilations_without_a_config_to_write_them_into(tmp_path):
+    save(MODELS["dense"]().state_dict(), tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"dilations .* are for the config of a DiNAT"):
+        checkpoints.convert(tmp_path / "x.safetensors", tmp_path / "y.pth", "mm", dilations="classification")
 
 
 def test_views_do_not_drag_their_base_along(tmp_path):

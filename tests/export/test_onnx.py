@@ -150,7 +150,7 @@ def test_a_file_that_differs_is_not_left_behind(tmp_path):
 def test_a_file_is_not_overwritten_unasked(tmp_path):
     path = tmp_path / "model.onnx"
     path.write_text("precious")
-    with pytest.raises(FileExistsError, match="exists; remove it, or allow to replace it"):
+    with pytest.raises(FileExistsError, match="exists; name another, or allow to replace it"):
         export_onnx(nn.Identity().eval(), path, (8, 8))
     assert path.read_text() == "precious"
     assert export_onnx(nn.ReLU().eval(), path, (8, 8), overwrite=True).outputs == ("output",)
