@@ -1,6 +1,7 @@
 """Reading configs: files, and those that MMDetection and MMSegmentation ship (`mmdet::...`, `mmseg::...`)."""
 
 import inspect
+from collections.abc import Iterator
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.runner import Runner
+from mmengine.utils import import_modules_from_strings
 
 from nat_dense.mm.errors import did_you_mean
 
@@ -18,10 +20,30 @@ DISTRIBUTIONS = {"mmdet": "onedl-mmdetection", "mmseg": "onedl-mmsegmentation"}
 OUR_KEYS = {"runner_type", "tta_model", "tta_pipeline", "data_checks"}
 """Top-level keys of a config that the tools read and that are no argument of `Runner`."""
 
+RUNNER_KEYS = {
+    "activation_checkpointing",
+    "compile",
+    "custom_imports",
+    "efficient_conv_bn_eval",
+    "find_unused_parameters",
+    "init_weights_for_test_or_val",
+    "model_wrapper_cfg",
+    "strategy",
+    "sync_bn",
+}
+"""Top-level keys of a config that MMEngine reads and that are no argument of `Runner` either."""
+
+NEARLY = 0.8
+"""From this likeness on, a key that an option adds beside another one may be that one, misspelt."""
+
+SHOWN_PLACES = 6
+
 
 def evaluators(cfg: Config, loader: str) -> list[Any]:
-    """The evaluators that go with a dataloader: a config has one, a list of them or none."""
+    """The evaluators that go with a dataloader: a config has one, a list of them (in MMEngine's Evaluator) or none."""
     found = cfg.get(loader.replace("dataloader", "evaluator")) or []
+    if isinstance(found, dict) and "metrics" in found:
+        found = found["metrics"]
     return list(found) if isinstance(found, (list, tuple)) else [found]
 
 
@@ -49,19 +71,27 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     return cfg
 
 
-def merge_options(cfg: Config, options: dict[str, Any]) -> None:
-    """Merges the values of `--cfg-options` into a config, in place.
+def merge_options(cfg: Config, options: dict[str, Any]) -> list[str]:
+    """Merges the values of `--cfg-options` into a config, in place, and imports what they add to `custom_imports`.
+
+    Returns:
+        Sentences for the user, on keys that are new and look like others.
 
     Raises:
-        ValueError: an option whose first key neither the config nor the Runner knows, or that sets a field of what is
-            no dict.
+        ImportError: there is no such module.
+        ValueError: an option whose first key neither the config nor the Runner knows, that sets a field of what is no
+            dict, or a variable of the file, which nothing reads any more.
     """
     _check_option_names(cfg, options)
+    notes = list(filter(None, (_note_of_new_key(cfg, option) for option in options)))
     try:
         cfg.merge_from_dict(options)
     except TypeError as error:  # MMEngine's names no option
         fields = ", ".join(key for key in options if "." in key)
         raise ValueError(f"--cfg-options: one of {fields} is a field of what is None or no dict ({error}).") from error
+    if any(option.split(".")[0] == "custom_imports" for option in options):
+        import_modules_from_strings(**cfg.custom_imports)
+    return notes
 
 
 def _find_libraries_by_module() -> None:
@@ -95,8 +125,44 @@ def _similar_files(file: Path) -> str:
 
 
 def _check_option_names(cfg: Config, options: dict[str, Any]) -> None:
-    known = set(cfg) | OUR_KEYS | set(inspect.signature(Runner.__init__).parameters) - {"self", "cfg"}
+    read = OUR_KEYS | RUNNER_KEYS | set(inspect.signature(Runner.__init__).parameters) - {"self", "cfg"}
     for option in options:
         key = option.split(".")[0]
-        if key not in known:
-            raise ValueError(f"--cfg-options {option}: the config has no key {key!r}.{did_you_mean(key, known)}")
+        if key not in read and key not in cfg:
+            hint = did_you_mean(key, {*cfg, *read})
+            raise ValueError(f"--cfg-options {option}: the config has no key {key!r}.{hint}")
+        if key in read:
+            continue
+        rest = {name: value for name, value in cfg.items() if name in read}
+        if places := list(_places_of(cfg[key], key, rest)):
+            more = f" and {len(places) - SHOWN_PLACES} more" if len(places) > SHOWN_PLACES else ""
+            raise ValueError(
+                f"--cfg-options {option}: {key!r} is a variable of the config file, and nothing reads it any more. Set "
+                f"what was made of it: {', '.join(places[:SHOWN_PLACES])}{more}."
+            )
+
+
+def _places_of(value: Any, key: str, node: Any, path: str = "") -> Iterator[str]:
+    """Where a variable's value stands in a config: under its own name, or, for what is no number, under any."""
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, (list, tuple)) else ()
+    for name, child in children:
+        below = f"{path}.{name}" if path else str(name)
+        distinct = isinstance(value, (str, dict, list, tuple)) and bool(value)
+        begins = isinstance(value, str) and isinstance(child, str) and distinct and child.startswith(value)
+        if begins or (type(child) is type(value) and child == value and (distinct or name == key)):
+            yield below
+        else:
+            yield from _places_of(value, key, child, below)
+
+
+def _note_of_new_key(cfg: Config, option: str) -> str | None:
+    """A sentence where an option adds a key that looks like one which is there."""
+    node: Any = cfg._cfg_dict
+    for key in option.split("."):
+        if not isinstance(node, dict):
+            return None
+        if key not in node:
+            close = get_close_matches(key, list(node), n=1, cutoff=NEARLY)
+            return f"--cfg-options {option} adds {key!r} beside {close[0]!r}: is it misspelt?" if close else None
+        node = node[key]
+    return None

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mmengine.config import Config, ConfigDict, DictAction
 
+from nat_dense.checkpoints.writing import check_folder, make_empty_folder
 from nat_dense.mm.config import evaluators
 from nat_dense.mm.pipelines import datasets_of, is_wrapper
 
@@ -74,9 +75,10 @@ def enable_auto_scale_lr(cfg: Config) -> None:
 
 
 def set_show_dir(cfg: Config, show_dir: str) -> None:
-    """`--show-dir`: draws every tested image, prediction beside ground truth, into this directory.
+    """`--show-dir`: draws every tested image, prediction beside ground truth, into this directory, which is created.
 
     Raises:
+        OSError: the directory holds something, is a file, or can't be created.
         ValueError: the config has no visualization hook to draw with.
     """
     hook = (cfg.get("default_hooks") or {}).get("visualization")
@@ -84,6 +86,7 @@ def set_show_dir(cfg: Config, show_dir: str) -> None:
         raise ValueError(
             "--show-dir needs default_hooks.visualization in the config (DetVisualizationHook or SegVisualizationHook)."
         )
+    _make_empty_folder("--show-dir", show_dir)
     hook.draw = True
     folder = str(Path(show_dir).absolute())
     if hook.type == "DetVisualizationHook":
@@ -96,24 +99,31 @@ def set_out(cfg: Config, out: str) -> None:
     """`--out`: writes predictions, a pickle of MMDetection's results or a folder of MMSegmentation's index PNGs.
 
     Raises:
-        FileExistsError: there is such a file, or the directory holds something.
+        OSError: there is such a file, the directory holds something, or can't be written to.
         ValueError: the path doesn't fit the task.
     """
-    if Path(out).is_file():
-        raise FileExistsError(f"--out {out}: there is such a file, which is not overwritten; name another.")
     written = evaluators(cfg, "test_dataloader")
     is_pickle = Path(out).suffix in (".pkl", ".pickle")
     if cfg.get("default_scope") == "mmseg":
         if is_pickle:
             raise ValueError(f"--out {out}: predictions of a segmentor are PNG files; name a directory.")
-        if Path(out).is_dir() and any(Path(out).iterdir()):
-            raise FileExistsError(f"--out {out}: the directory is not empty, and nothing is overwritten; name another.")
+        _make_empty_folder("--out", out)
         written[0].output_dir = out
     elif not is_pickle:
         raise ValueError(f"--out {out}: predictions of a detector are a pickle; name a .pkl file.")
+    elif Path(out).exists():
+        raise FileExistsError(f"--out {out}: there is such a file, which is not overwritten; name another.")
     else:
+        check_folder(Path(out))
         written.append(dict(type="DumpDetResults", out_file_path=out))
     cfg.test_evaluator = written
+
+
+def _make_empty_folder(option: str, folder: str) -> None:
+    try:
+        make_empty_folder(Path(folder))
+    except OSError as error:
+        raise type(error)(f"{option}: {error}.") from error
 
 
 def enable_tta(cfg: Config) -> list[str]:

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from nat_dense.mm.config import load_config
-from tests.mm.small import DETECTOR, REPOSITORY
+from nat_dense.mm.config import load_config, merge_options
+from tests.mm.small import DETECTOR, REPOSITORY, SEGMENTOR
+
+PSPNET = "mmseg::pspnet/pspnet_r101-d8_4xb2-40k_cityscapes-512x1024.py"
+"""Its file names the optimizer first, and then makes optim_wrapper of it."""
 
 READ = """
 import importlib, sys
@@ -84,3 +87,39 @@ def test_options_are_merged_and_misspelt_ones_refused():
     assert (cfg.train_cfg.max_epochs, cfg.model.backbone.frozen_stages, cfg.randomness.seed) == (1, 0, 5)
     with pytest.raises(ValueError, match=r"no key 'optim_wraper'\. Did you mean 'optim_wrapper'"):
         load_config(DETECTOR, {"optim_wraper.type": "OptimWrapper"})
+
+
+@pytest.mark.parametrize(
+    ("config", "option", "value", "places"),
+    [
+        (DETECTOR, "data_root", "elsewhere/", ["train_dataloader.dataset.data_root", "val_evaluator.ann_file"]),
+        (SEGMENTOR, "crop_size", (64, 64), ["model.data_preprocessor.size", "dataset.pipeline.3.crop_size"]),
+        (PSPNET, "optimizer.lr", 0.1, ["optim_wrapper.optimizer"]),
+        (PSPNET, "train_pipeline", [], ["train_dataloader.dataset.pipeline"]),
+    ],
+)
+def test_variables_of_a_file_have_been_read(config, option, value, places):
+    with pytest.raises(ValueError, match="is a variable of the config file, and nothing reads it any more") as raised:
+        load_config(config, {option: value})
+    assert all(place in str(raised.value) for place in places)
+
+
+def test_keys_that_mmengine_reads_and_those_of_other_code_can_be_set(tmp_path):
+    (tmp_path / "c.py").write_text("mine = dict(number=3)\nother = dict(number=4)\n")
+    cfg = load_config(str(tmp_path / "c.py"), {"find_unused_parameters": True, "compile": False, "mine.number": 5})
+    assert (cfg.find_unused_parameters, cfg.compile, cfg.mine.number) == (True, False, 5)
+
+
+def test_a_new_key_beside_one_that_looks_like_it_is_told():
+    cfg = load_config(DETECTOR)
+    (note,) = merge_options(cfg, {"model.test_cfg.rcnn.score_tr": 0.5, "model.test_cfg.rcnn.min_bbox_size": 3})
+    assert note == "--cfg-options model.test_cfg.rcnn.score_tr adds 'score_tr' beside 'score_thr': is it misspelt?"
+
+
+def test_modules_of_an_option_are_imported(tmp_path, monkeypatch):
+    (tmp_path / "module_of_an_option.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    load_config(DETECTOR, {"custom_imports.imports": ["nat_dense", "module_of_an_option"]})
+    assert "module_of_an_option" in sys.modules
+    with pytest.raises(ImportError, match="Failed to import nat_dens"):
+        load_config(DETECTOR, {"custom_imports.imports": ["nat_dens"]})

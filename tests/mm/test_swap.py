@@ -369,9 +369,10 @@ class TestTool:
         command = [PSPNET, "--backbone", "nat-mini", "-o", str(out)]
         with pytest.raises(SystemExit, match="2"):
             load_tool("swap_backbone").main(command)
-        assert "config.py exists; choose another file, or allow to replace it (--overwrite)" in capsys.readouterr().err
+        assert "config.py exists; name another, or allow to replace it" in capsys.readouterr().err
+        options = ["--cfg-options", "optim_wrapper.optimizer.lr=nan"]
         with pytest.raises(SystemExit, match="2"):  # what is written can't be read
-            load_tool("swap_backbone").main([*command, "--overwrite", "--cfg-options", "optimizer.lr=nan"])
+            load_tool("swap_backbone").main([*command, "--overwrite", *options])
         assert "name 'nan' is not defined" in capsys.readouterr().err
         assert out.read_text() == "mine = 1\n"
         load_tool("swap_backbone").main([*command, "--overwrite"])
@@ -427,7 +428,8 @@ class TestTool:
         arguments = ["mmdet::ssd/ssd300_coco.py", "--backbone", "nat-tiny", "-o", str(out)]
         with pytest.raises(SystemExit, match="2"):
             load_tool("swap_backbone").main(arguments)
-        assert "swap_backbone.py: error: SSDVGG: SSD's extra layers" in capsys.readouterr().err
+        expected = "swap_backbone.py: error: the backbone can't be exchanged: SSDVGG: SSD's extra layers"
+        assert expected in capsys.readouterr().err
         assert not out.exists()
 
     def test_values_that_a_config_cannot_hold_are_refused(self, tmp_path, capsys):

@@ -11,7 +11,7 @@ from typing import Any
 from mmengine.config import Config
 from rich.console import Console
 
-from nat_dense.checkpoints.writing import atomic
+from nat_dense.checkpoints.writing import atomic, check_free
 from nat_dense.mm.config import load_config, merge_options
 from nat_dense.mm.swap.changes import as_table, changes_between, differences
 from nat_dense.mm.swap.plan import BACKBONES, plan_swap
@@ -38,6 +38,7 @@ def load_swapped(args: argparse.Namespace) -> Config:
         FileNotFoundError, ModuleNotFoundError, ValueError: As `load_config` and `plan_swap`.
     """
     cfg = load_config(args.config)
+    notes, changes = [], None
     if args.backbone:
         swap = plan_swap(cfg, args.backbone, args.optimizer)
         cfg, changes, notes = swap.cfg, swap.changes, swap.notes
@@ -45,12 +46,24 @@ def load_swapped(args: argparse.Namespace) -> Config:
         original = load_config(args.config)
         notes = use_adamw(cfg)
         changes = list(changes_between(original._cfg_dict, cfg._cfg_dict))
-    if args.backbone or args.optimizer:
+    if changes is not None:
         Console().print(as_table(changes))
-        for note in notes:
-            print(f"note: {note}", flush=True)
-    merge_options(cfg, args.cfg_options)
+    notes += merge_options(cfg, args.cfg_options)
+    for note in notes:
+        print(f"note: {note}", flush=True)
     return cfg
+
+
+def check_new_config(out: Path, overwrite: bool) -> None:
+    """Checks that a config can be written.
+
+    Raises:
+        OSError: there is such a file or folder.
+        ValueError: the name is not that of a config in Python.
+    """
+    if out.suffix != ".py":
+        raise ValueError(f"{out}: expected a name that ends in .py")
+    check_free(out, overwrite)
 
 
 def write_expanded(cfg: Config, out: Path) -> None:

@@ -9,6 +9,9 @@ from typing import Any
 class SwapRefusedError(ValueError):
     """The backbone of this config can't be exchanged; the message says why."""
 
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the backbone can't be exchanged: {reason}")
+
 
 _TRACKER = "it wraps a trained detector in a tracker; swap the backbone of the detector's own config"
 _BRANCHES = "its branches of several resolutions are fused inside it, and its heads read the branches"

@@ -15,7 +15,10 @@ ADAMW = {
     "detection": dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
     "segmentation": dict(type="AdamW", lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
 }
-"""The published settings for each task, for 16 images a step."""
+"""The published settings for each task."""
+
+ADAMW_BATCH = 16
+"""Images a step, for which they are."""
 
 UNDECAYED = (
     ".attn.rpb",
@@ -107,6 +110,8 @@ def adapt_decay(optim_wrapper: dict) -> list[str]:
 def use_adamw(cfg: Any) -> list[str]:
     """`--optimizer adamw`: the published settings; lower bounds of the schedule shrink with the learning rate.
 
+    `--auto-scale-lr` then scales from the published batch size.
+
     Args:
         cfg: The whole config, with any backbone; changed in place.
 
@@ -125,7 +130,8 @@ def use_adamw(cfg: Any) -> list[str]:
     for scheduler in schedulers if isinstance(schedulers, (list, tuple)) else [schedulers]:
         if scheduler.get("eta_min"):
             scheduler["eta_min"] *= ratio
-    return [f"AdamW's lr {new['lr']:g} is published for 16 images a step."]
+    cfg.auto_scale_lr = dict(cfg.get("auto_scale_lr") or dict(enable=False), base_batch_size=ADAMW_BATCH)
+    return [f"AdamW's lr {new['lr']:g} is published for {ADAMW_BATCH} images a step (--auto-scale-lr scales it)."]
 
 
 def optimizer_hint(cfg: Any, backbone: str) -> list[str]:
