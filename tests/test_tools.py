@@ -64,7 +64,7 @@ def test_train_segmentor_logs_losses_and_miou(segmentor):
     assert 0 <= metrics["mIoU"] <= 100
 
 
-def test_test_detector_repeats_the_validation_and_writes_pictures_and_predictions(detector, tmp_path):
+def test_test_detector_repeats_the_validation_and_writes_pictures_and_predictions(detector, tmp_path, capsys):
     options, run = detector
     out, pictures = tmp_path / "predictions.pkl", tmp_path / "pictures"
     arguments = ["--work-dir", str(tmp_path / "test"), "--out", str(out), "--show-dir", str(pictures)]
@@ -76,10 +76,12 @@ def test_test_detector_repeats_the_validation_and_writes_pictures_and_prediction
     assert [p["img_id"] for p in predictions] == [0, 1]
     assert {"bboxes", "scores", "labels", "masks"} <= set(predictions[0]["pred_instances"])
     assert sorted(path.name for path in pictures.iterdir()) == ["0.jpg", "1.jpg"]
-    before = out.read_bytes()
-    with pytest.raises(SystemExit):
-        evaluate([DETECTOR, str(run / "epoch_1.pth"), *arguments, "--cfg-options", *options])
-    assert out.read_bytes() == before
+    before = {path: path.read_bytes() for path in (out, *pictures.iterdir())}
+    for argument in (arguments[2:4], arguments[4:6], ["--show-dir", str(out)], ["--show-dir", str(out / "below")]):
+        with pytest.raises(SystemExit):
+            evaluate([DETECTOR, str(run / "epoch_1.pth"), *argument, "--cfg-options", *options])
+        assert capsys.readouterr().err.startswith(f"test.py: error: {argument[0]}")
+    assert {path: path.read_bytes() for path in (out, *pictures.iterdir())} == before
 
 
 def test_test_segmentor_repeats_the_validation_and_writes_pictures_and_predictions(segmentor, tmp_path):
@@ -214,7 +216,7 @@ def test_predictions_of_a_segmentor_are_not_overwritten(segmentor, tmp_path, cap
     (out / "0.png").write_bytes(b"mine")
     with pytest.raises(SystemExit):
         evaluate([SEGMENTOR, str(run / "iter_2.pth"), "--out", str(out), "--cfg-options", *options])
-    assert "the directory is not empty, and nothing is overwritten" in capsys.readouterr().err
+    assert "is not empty, and nothing is overwritten" in capsys.readouterr().err
     assert (out / "0.png").read_bytes() == b"mine"
 
 

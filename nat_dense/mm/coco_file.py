@@ -56,8 +56,7 @@ def _check_entries(content: dict[str, Any], where: str) -> None:
     """Checks the values that MMDetection relies on: references, boxes, and ids that are there once."""
     if not content["images"]:
         raise ValueError(f"{where} lists no images.")
-    images = {image["id"] for image in content["images"]}
-    categories = {category["id"] for category in content["categories"]}
+    images, categories = (_ids(content, key, where) for key in ("images", "categories"))
     seen: set[Any] = set()
     for i, annotation in enumerate(content["annotations"]):
         if annotation["category_id"] not in categories:
@@ -76,6 +75,15 @@ def _check_entries(content: dict[str, Any], where: str) -> None:
             raise ValueError(f"{where}: annotations[{i}].bbox is {box!r}: expected [x, y, width, height] in pixels.")
         if not isinstance(annotation["area"], (int, float)):
             raise ValueError(f"{where}: annotations[{i}].area is {annotation['area']!r}: expected a number of pixels.")
+
+
+def _ids(content: dict[str, Any], key: str, where: str) -> set[Any]:
+    """The ids of images or categories; MMDetection takes the last of equal ones for all of them."""
+    first: dict[Any, int] = {}
+    for i, entry in enumerate(content[key]):
+        if first.setdefault(entry["id"], i) != i:
+            raise ValueError(f"{where}: {key}[{i}] has the id {entry['id']!r} of {key}[{first[entry['id']]}].")
+    return set(first)
 
 
 def check_boxes(content: dict[str, Any], where: str) -> list[str]:

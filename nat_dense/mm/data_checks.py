@@ -6,32 +6,39 @@ A config (or `--cfg-options`) may set `data_checks`, a dict with:
   where bad images are skipped) or "none" (look up only).
 - `bad_images`: "stop" (default) or "skip": go on without the bad images, which are listed.
 - `other_classes`: "stop" (default) or "ignore": annotations of classes that the config doesn't have.
+- `validation`: "try" (default: validate one batch before training, see `first_validation`) or "none".
 """
 
 import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.registry import DATASETS
+from mmengine.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
 from torch.utils.data import DataLoader
 
 from nat_dense.mm.coco_file import check_boxes, check_categories, check_coco_file
 from nat_dense.mm.config import evaluators
-from nat_dense.mm.fields import check_fields, known_class
+from nat_dense.mm.evaluator_checks import check_evaluators, is_scored
+from nat_dense.mm.fields import check_fields, check_node, known_class
 from nat_dense.mm.images import CHANNELS, Picture, find_bad_images, find_bad_labels, sample
-from nat_dense.mm.pipelines import check_pipelines, datasets_of, is_wrapper
+from nat_dense.mm.pipelines import check_pipelines
+from nat_dense.mm.sources import COCO_DATASET, SEGMENTATION_DATASET, Source, sources_of
 
-CHOICES = {"images": ("sample", "all", "none"), "bad_images": ("stop", "skip"), "other_classes": ("stop", "ignore")}
+CHOICES = {
+    "images": ("sample", "all", "none"),
+    "bad_images": ("stop", "skip"),
+    "other_classes": ("stop", "ignore"),
+    "validation": ("try", "none"),
+}
 """The fields of `data_checks` and their values, the default first."""
 
 LOADER_FIELDS = ("num_batch_per_epoch", "disable_subprocess_warning")
 """What MMEngine's Runner takes of a dataloader beside the arguments of torch's DataLoader."""
 
-COCO_DATASET = "mmdet.datasets.coco.CocoDataset"
-SEGMENTATION_DATASET = "mmseg.datasets.basesegdataset.BaseSegDataset"
+FILTERS = ("filter_empty_gt", "min_size")
+"""What datasets that read as CocoDataset does look for in `filter_cfg`."""
+
 LISTED = 5
 """So many files are named in a message; the rest is counted."""
 
@@ -54,50 +61,6 @@ def without_images(dataset: dict, paths: list[str]) -> Any:
     return built
 
 
-@dataclass(frozen=True)
-class Source:
-    """One dataset of a config.
-
-    Attributes:
-        name: where it stands in the config, such as "train_dataloader.dataset".
-        cfg: its config.
-        cls: its class, a subclass of MMEngine's BaseDataset.
-    """
-
-    name: str
-    cfg: Any
-    cls: Any
-
-    @property
-    def reader(self) -> str:
-        """Full name of the class that says how annotations are read; a subclass with a format of its own is another."""
-        own = {"load_data_list", "parse_data_info"}
-        base = next((base for base in self.cls.__mro__ if own & vars(base).keys()), self.cls)
-        return f"{base.__module__}.{base.__name__}"
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The names of the classes; empty where only the annotations know them."""
-        given = (self.cfg.get("metainfo") or {}).get("classes")
-        if isinstance(given, str):  # MMEngine also takes a file with a class a line.
-            given = Path(given).read_text(encoding="utf-8").splitlines()
-        return tuple(given or self.cls.METAINFO.get("classes") or ())
-
-    def argument(self, name: str) -> Any:
-        """A field of the dataset: the config's, else the default of its class."""
-        parameters = [inspect.signature(base.__init__).parameters.get(name) for base in self.cls.__mro__]
-        defaults = [p.default for p in parameters if p is not None and p.default is not p.empty]
-        return self.cfg.get(name, defaults[0] if defaults else None)
-
-    def path(self, value: str | None) -> Path:
-        return Path(self.cfg.get("data_root") or "", value or "")
-
-    def transform(self, name: str) -> dict:
-        """The config of the first transform of this type in the pipeline, or an empty one."""
-        pipeline = (t for t in self.cfg.get("pipeline") or [] if isinstance(t, dict))
-        return next((t for t in pipeline if t.get("type") == name), {})
-
-
 def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
     """Checks the datasets and evaluators that a run will use.
 
@@ -114,14 +77,14 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
         FileNotFoundError: a data root, an annotation file or an image folder is missing.
         ValueError: annotations, classes, images or labels that the run would trip over.
     """
-    checks = _read_choices(cfg)
+    checks = read_choices(cfg)
     warnings = []
     for loader in loaders:
         _check_loader_fields(cfg[loader], loader)
-        scored, part = _is_scored(cfg, loader), _naming_part(cfg) if loader == "test_dataloader" else None
+        scored, part = is_scored(cfg, loader), _naming_part(cfg) if loader == "test_dataloader" else None
         named: dict[str, Path] = {}
         check_pipelines(cfg[loader].get("dataset"), f"{loader}.dataset")
-        for source in _sources(cfg[loader].get("dataset"), f"{loader}.dataset"):
+        for source in sources_of(cfg[loader].get("dataset"), f"{loader}.dataset"):
             _check_zero_label(source)
             pictures, notices = _find_pictures(source, checks, annotated=scored)
             warnings += notices
@@ -135,12 +98,14 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
                 )
             _check_labels(source, [p for p in pictures if p.path not in bad], checks)
             _check_heads(cfg.model, source)
+            if loader == "train_dataloader":
+                _check_masks(cfg.model, source)
             if part:
                 _check_names(source, pictures, part, named)
             if bad:  # at last: what the other checks read of the source is what is wrapped here
                 _leave_out(source, bad)
     for loader in sorted(set(loaders) - {"train_dataloader"}):
-        _check_evaluator(cfg, loader)
+        check_evaluators(cfg, loader)
     return warnings
 
 
@@ -168,13 +133,14 @@ def _check_loader_fields(loader: dict, name: str) -> None:
     size = loader.get("batch_size", 1)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(f"{name}.batch_size is {size!r}: expected a number of images, 1 or more.")
-
-
-def _sources(dataset: Any, name: str) -> Iterator[Source]:
-    """The datasets that are no wrappers, where their type is a class."""
-    for place, config in datasets_of(dataset, name):
-        if not is_wrapper(config) and isinstance(cls := known_class(place, config, DATASETS), type):
-            yield Source(place, config, cls)
+    workers = loader.get("num_workers", 0)
+    if not isinstance(workers, int) or workers < 0:
+        raise ValueError(f"{name}.num_workers is {workers!r}: expected a number of processes, or 0 for none.")
+    for field in ("sampler", "batch_sampler"):
+        if isinstance(loader.get(field), dict):
+            check_node(f"{name}.{field}", loader[field], DATA_SAMPLERS)
+    if isinstance(loader.get("collate_fn"), dict):
+        known_class(f"{name}.collate_fn", loader["collate_fn"], FUNCTIONS)
 
 
 def _check_zero_label(source: Source) -> None:
@@ -187,7 +153,8 @@ def _check_zero_label(source: Source) -> None:
         )
 
 
-def _read_choices(cfg: Config) -> dict[str, str]:
+def read_choices(cfg: Config) -> dict[str, str]:
+    """What a config's `data_checks` choose; raises ValueError where that is none of `CHOICES`."""
     given = cfg.get("data_checks") or {}
     for key, value in given.items():
         if value not in CHOICES.get(key, ()):
@@ -196,12 +163,6 @@ def _read_choices(cfg: Config) -> dict[str, str]:
     if given.get("bad_images") == "skip":  # one that is not found is not skipped
         given = dict(images="all") | given
     return {key: given.get(key, values[0]) for key, values in CHOICES.items()}
-
-
-def _is_scored(cfg: Config, loader: str) -> bool:
-    """Whether a run compares with annotations; a test for a server only writes what it finds."""
-    found = evaluators(cfg, loader)
-    return not found or not all(evaluator.get("format_only") for evaluator in found)
 
 
 def _find_pictures(source: Source, checks: dict[str, str], annotated: bool) -> tuple[list[Picture], list[str]]:
@@ -213,16 +174,19 @@ def _find_pictures(source: Source, checks: dict[str, str], annotated: bool) -> t
         raise FileNotFoundError(
             f"{source.name}.data_root: no directory {root!r}. Set it with --cfg-options {source.name}.data_root=DIR."
         )
+    if source.cfg.get("indices") in (0, [], ()):
+        raise ValueError(f"{source.name}.indices is {source.cfg['indices']!r}: no image is left.")
     prefix = source.cfg.get("data_prefix") or {}
     if source.reader == COCO_DATASET:
+        filters = source.cfg.get("filter_cfg") or {}
+        check_fields(f"{source.name}.filter_cfg", source.cls.__name__, filters, FILTERS)
         folder = _folder(source, "img", prefix.get("img"))
         file = source.path(source.argument("ann_file"))
         masks = bool(source.transform("LoadAnnotations").get("with_mask"))
         content = check_coco_file(file, f"{source.name}.ann_file", masks, annotated)
         check_categories(content, source.classes, str(file), ignore_others=checks["other_classes"] == "ignore")
         trains = not source.argument("test_mode")
-        leaves_out_empty = (source.cfg.get("filter_cfg") or {}).get("filter_empty_gt")
-        if leaves_out_empty and trains and not content["annotations"]:
+        if filters.get("filter_empty_gt") and trains and not content["annotations"]:
             raise ValueError(
                 f"{source.name}.ann_file: {str(file)!r} has no annotations, and filter_cfg.filter_empty_gt leaves out "
                 "images without any: none is left."
@@ -336,33 +300,14 @@ def _check_heads(model: dict, source: Source) -> None:
             )
 
 
-def _check_evaluator(cfg: Config, loader: str) -> None:
-    name = loader.replace("dataloader", "evaluator")
-    found = [s for s in _sources(cfg[loader].get("dataset"), f"{loader}.dataset") if s.reader == COCO_DATASET]
-    for evaluator in evaluators(cfg, loader):
-        file = evaluator.get("ann_file")
-        if file and "://" not in file and not Path(file).is_file():
-            raise FileNotFoundError(
-                f"{name}.ann_file: no file {file!r}. Set it with --cfg-options {name}.ann_file=FILE."
-            )
-        if file and "://" not in file and str(evaluator.get("type")).endswith("CocoMetric") and len(found) == 1:
-            _check_same_images(Path(file), f"{name}.ann_file", found[0], _is_scored(cfg, loader))
-
-
-def _check_same_images(file: Path, name: str, source: Source, annotated: bool) -> None:
-    """An evaluator that doesn't know the images of its dataset gives a wrong metric, or fails after an epoch."""
-    own = source.path(source.argument("ann_file"))
-    if not own.is_file() or own.samefile(file):  # in remote storage, or the usual case
-        return
-    known, tested = (
-        {image["id"] for image in check_coco_file(path, where, masks=False, annotated=annotated)["images"]}
-        for path, where in ((file, name), (own, f"{source.name}.ann_file"))
-    )
-    if not tested <= known:
+def _check_masks(model: dict, source: Source) -> None:
+    """A head of masks in a detector of two stages trains on masks, which must be loaded."""
+    loads = source.transform("LoadAnnotations")
+    has_head = bool((model.get("roi_head") or {}).get("mask_head"))
+    if has_head and source.reader == COCO_DATASET and loads and not loads.get("with_mask"):
         raise ValueError(
-            f"{name}={str(file)!r} lacks {len(tested - known)} of the {len(tested)} images of "
-            f"{source.name}.ann_file={str(own)!r}, such as id {min(tested - known, key=str)!r}: the metric would be "
-            "wrong. Set both to the same file."
+            f"{source.name}: the model has a roi_head.mask_head, but LoadAnnotations loads no masks. Set "
+            "with_mask=True there, or roi_head.mask_head=None."
         )
 
 

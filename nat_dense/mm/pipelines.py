@@ -1,10 +1,12 @@
 """The datasets of a config, those inside wrappers too, and the transforms of their pipelines."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 from mmengine.registry import TRANSFORMS
 
+from nat_dense.mm.errors import describe
 from nat_dense.mm.fields import check_node
 
 NESTING = {
@@ -63,7 +65,8 @@ def check_transforms(transforms: Any, name: str) -> None:
         name: where it stands in the config, for messages.
 
     Raises:
-        ValueError: there is no such transform, it has no such field, or something else stands in its place.
+        ValueError: there is no such transform, it has no such field, its fields don't fit, or something else stands in
+            its place.
     """
     if isinstance(transforms, (list, tuple)):
         for i, part in enumerate(transforms):
@@ -72,8 +75,17 @@ def check_transforms(transforms: Any, name: str) -> None:
         cls = check_node(name, transforms, TRANSFORMS)
         bases = (f"{base.__module__}.{base.__name__}" for base in getattr(cls, "__mro__", ()))
         field = next((NESTING[base] for base in bases if base in NESTING), None)
-        if field in transforms:
-            with TRANSFORMS.switch_scope_and_registry(transforms.get("_scope_")):
+        with TRANSFORMS.switch_scope_and_registry(transforms.get("_scope_")):
+            if field in transforms:
                 check_transforms(transforms[field], f"{name}.{field}")
+            _build(transforms, name)
     elif not callable(transforms):
         raise ValueError(f"{name} is {transforms!r}: expected the config of a transform, or a list of them.")
+
+
+def _build(transform: dict, name: str) -> None:
+    """Builds a transform, since many hand fields on to others that they build, and fit values to each other."""
+    try:
+        TRANSFORMS.build(copy.deepcopy(transform))
+    except Exception as error:  # constructors raise what they like
+        raise ValueError(f"{name}: {describe(error)}") from error

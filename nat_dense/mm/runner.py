@@ -13,7 +13,8 @@ from mmengine.visualization import Visualizer
 
 from nat_dense.checkpoints import fetch, read
 from nat_dense.mm.checkpoints import DropEmbeddedConfig, check_fits, check_work_dir, refuse_pickled_code
-from nat_dense.mm.data_checks import check_data
+from nat_dense.mm.data_checks import check_data, read_choices
+from nat_dense.mm.first_validation import TryValidation
 from nat_dense.mm.machine import fit_to_machine, keep_freed_memory
 from nat_dense.mm.model_checks import check_last_batch, check_model, fetch_initial_weights
 from nat_dense.mm.options import enable_tta
@@ -40,7 +41,8 @@ def build_runner(
         trust: whether the checkpoint of `load_from` or `resume` may run code.
 
     Returns:
-        The Runner, to be called as `runner.train()` or `runner.test()`.
+        The Runner, to be called as `runner.train()`, which raises FirstValidationError where validation would fail, or
+        `runner.test()`.
 
     Raises:
         FileNotFoundError: data, annotations or checkpoints are missing.
@@ -78,6 +80,8 @@ def build_runner(
     join_on_cpus(cfg)
     runner: Any = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
     runner.register_hook(DropEmbeddedConfig())
+    if training and read_choices(cfg)["validation"] == "try":
+        runner.register_hook(TryValidation())
     let_first_write_metrics(runner)
     return runner
 

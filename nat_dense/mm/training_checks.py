@@ -11,7 +11,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, LOOPS, OPTIM_WRAPPERS, OPTIMIZERS, PARAM_SCHEDULERS
-from torch import nn
+from torch import Tensor, nn
 
 from nat_dense.mm.errors import describe
 from nat_dense.mm.fields import check_fields, check_node
@@ -30,6 +30,16 @@ PARAMWISE = (
 """What those constructors look for in `paramwise_cfg`; others have more."""
 
 
+COUNTS = {"max_epochs": 1, "max_iters": 1, "val_interval": 1, "val_begin": 0}
+"""Fields of loops that count, and the least that they may be: with less MMEngine trains nothing, or fails later."""
+
+NUMBERS = ("lr", "weight_decay", "momentum")
+"""Fields of optimizers that are one number."""
+
+ENVIRONMENT = ("cudnn_benchmark", "dist_cfg", "mp_cfg", "resource_limit")
+"""What MMEngine's Runner looks for in `env_cfg`."""
+
+
 def check_training(cfg: Config, model: nn.Module) -> None:
     """Checks all that trains a model and isn't one.
 
@@ -38,20 +48,34 @@ def check_training(cfg: Config, model: nn.Module) -> None:
         model: the model that it builds; not changed.
 
     Raises:
-        ValueError: a field or a type is misspelt, or the optimizer can't be built for the model.
+        ValueError: a field or a type is misspelt, a count or a number is none, or the optimizer can't be built for the
+            model.
     """
+    check_fields("env_cfg", "Runner", cfg.get("env_cfg") or {}, ENVIRONMENT)
     for name in ("train_cfg", "val_cfg", "test_cfg"):
         node = cfg.get(name)
         if isinstance(node, dict):
             check_node(name, {"type": _default_loop(name, node), **node}, LOOPS, ("by_epoch",))
+            for field in COUNTS.keys() & node.keys():
+                _check_count(f"{name}.{field}", node[field], COUNTS[field])
     for name, node in _typed(cfg.get("param_scheduler"), "param_scheduler"):
         check_node(name, node, PARAM_SCHEDULERS, ("convert_to_iter_based",))
     for place in ("default_hooks", "custom_hooks"):
         for name, node in _typed(cfg.get(place), place):
             check_node(name, node, HOOKS, ("priority",))
+            if "interval" in node:
+                _check_count(f"{name}.interval", node["interval"], 1, never=-1)
     wrapper = cfg.get("optim_wrapper")
     if isinstance(wrapper, dict) and isinstance(wrapper.get("optimizer"), dict) and "strategy" not in cfg:
         _check_optimizer(wrapper, model)
+
+
+def _check_count(name: str, value: Any, least: int, never: int | None = None) -> None:
+    is_whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1
+    if not is_whole or (value < least and value != never):
+        raise ValueError(
+            f"{name} is {value!r}: expected a whole number, {least} or more" + (f" ({never}: never)." if never else ".")
+        )
 
 
 def _default_loop(name: str, node: dict) -> str:
@@ -74,9 +98,11 @@ def _check_optimizer(wrapper: dict, model: nn.Module) -> None:
     own = {"type": "OptimWrapper", **wrapper}
     check_node("optim_wrapper", own, OPTIM_WRAPPERS, ("constructor", "paramwise_cfg"))
     check_node("optim_wrapper.optimizer", wrapper["optimizer"], OPTIMIZERS)
-    constructor = wrapper.get("constructor", CONSTRUCTORS[0])
-    if constructor in CONSTRUCTORS:
-        check_fields("optim_wrapper.paramwise_cfg", constructor, wrapper.get("paramwise_cfg") or {}, PARAMWISE)
+    for field in NUMBERS:
+        value = wrapper["optimizer"].get(field)
+        if value is not None and not isinstance(value, (int, float, Tensor)):
+            raise ValueError(f"optim_wrapper.optimizer.{field} is {value!r}: expected a number.")
+    _check_paramwise(wrapper)
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # the constructor tells of every parameter
     try:
@@ -85,3 +111,21 @@ def _check_optimizer(wrapper: dict, model: nn.Module) -> None:
         raise ValueError(f"optim_wrapper: {describe(error)}") from error
     finally:
         logging.disable(disabled)
+
+
+def _check_paramwise(wrapper: dict) -> None:
+    """Checks the rules for single parameters, where the constructor is one that is known."""
+    name, constructor = "optim_wrapper.paramwise_cfg", wrapper.get("constructor", CONSTRUCTORS[0])
+    if constructor not in CONSTRUCTORS:
+        return
+    paramwise = wrapper.get("paramwise_cfg") or {}
+    check_fields(name, constructor, paramwise, PARAMWISE)
+    rules = paramwise.get("custom_keys") or {}
+    if not isinstance(rules, dict) or not all(isinstance(rule, dict) for rule in rules.values()):
+        raise ValueError(f"{name}.custom_keys is {rules!r}: expected a dict such as dict(head=dict(lr_mult=10.0)).")
+    decays = any(field.endswith("decay_mult") for group in (paramwise, *rules.values()) for field in group)
+    if decays and wrapper["optimizer"].get("weight_decay") is None:
+        raise ValueError(
+            f"optim_wrapper.optimizer has no weight_decay, of which {name} takes fractions (decay_mult). Set it; 0 "
+            "decays nothing."
+        )

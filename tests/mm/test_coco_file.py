@@ -56,6 +56,8 @@ def test_annotation_file_that_is_not_json(coco):
         (lambda c: c["annotations"][0].update(category_id=99), "category_id 99, which no category has"),
         (lambda c: c["annotations"].clear(), "has no annotations, and filter_cfg.filter_empty_gt leaves out images"),
         (lambda c: c["annotations"][1].update(id=c["annotations"][0]["id"]), "annotations[1] has the id"),
+        (lambda c: c["images"][3].update(id=1), "images[3] has the id 1 of images[1]"),
+        (lambda c: c["categories"][2].update(id=1), "categories[2] has the id 1 of categories[0]"),
         (lambda c: c["annotations"][1].update(bbox=["1", 2, 3, 4]), "annotations[1].bbox is ['1', 2, 3, 4]"),
         (lambda c: c["annotations"][1].update(bbox=[1, 2, 3]), "annotations[1].bbox is [1, 2, 3]"),
         (lambda c: c["annotations"][1].update(area="large"), "annotations[1].area is 'large'"),
@@ -71,6 +73,8 @@ def test_a_box_only_detector_needs_no_segmentation(coco):
     cfg, root = coco
     edit_annotations(root, lambda c: c["annotations"][0].pop("segmentation"))
     cfg.train_dataloader.dataset.pipeline[1].with_mask = False
+    assert "roi_head.mask_head, but LoadAnnotations loads no masks. Set with_mask" in message(ValueError, cfg)
+    cfg.model.roi_head.mask_head = None
     assert check_data(cfg, TRAIN) == []
 
 

@@ -1,7 +1,6 @@
 """Bad data is refused before training starts, with a message that names it."""
 
 import importlib
-import json
 import re
 import shutil
 from pathlib import Path
@@ -12,7 +11,8 @@ from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 
 from nat_dense.mm.config import load_config
-from nat_dense.mm.data_checks import CHOICES, _check_heads, _sources, check_data
+from nat_dense.mm.data_checks import CHOICES, _check_heads, check_data
+from nat_dense.mm.sources import sources_of
 from tests.mm.small import DETECTOR, SIZE, TRAIN, coco_options, message, parse_options, write_coco
 
 
@@ -29,12 +29,6 @@ def test_missing_data_root(coco):
     text = message(FileNotFoundError, cfg)
     assert "'nowhere'" in text
     assert "--cfg-options train_dataloader.dataset.data_root=DIR" in text
-
-
-def test_missing_annotation_file_of_the_evaluator(coco):
-    cfg, _ = coco
-    cfg.val_evaluator.ann_file = "nowhere.json"
-    assert "val_evaluator.ann_file: no file 'nowhere.json'" in message(FileNotFoundError, cfg)
 
 
 def test_missing_image_folder(coco, ade):
@@ -103,25 +97,6 @@ def test_skipped_images_of_a_validation_count_as_missed(coco):
     assert "mAP counts what is on them as missed" in warning
 
 
-def test_an_evaluator_of_other_images(coco):
-    """MMDetection would compare predictions with the wrong pictures, or fail after the first epoch."""
-    cfg, root = coco
-    file = root / "annotations" / "instances_val2017.json"
-    other = root / "annotations" / "other.json"
-    content = json.loads(file.read_text())
-    other.write_text(json.dumps(content))
-    cfg.val_evaluator.ann_file = str(other)
-    assert check_data(cfg, ("val_dataloader",)) == [], "the same images in another file"
-    for image in content["images"]:
-        image["id"] += 1000
-    for annotation in content["annotations"]:
-        annotation["image_id"] += 1000
-    other.write_text(json.dumps(content))
-    text = message(ValueError, cfg, ("val_dataloader",))
-    assert f"val_evaluator.ann_file={str(other)!r} lacks 2 of the 2 images" in text
-    assert str(file) in text
-
-
 @pytest.mark.parametrize("option", ["default_hooks.visualization.draw=True", "test_evaluator.output_dir=out"])
 def test_images_of_one_name_where_files_are_named_after_them(ade, option):
     cfg, root = ade
@@ -179,11 +154,24 @@ def test_impossible_batch_size(coco, size):
     assert f"train_dataloader.batch_size is {size!r}: expected a number" in message(ValueError, cfg)
 
 
-def test_misspelt_field_of_a_loader(coco):
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("batchsize=2", ": DataLoader has no field 'batchsize'. Did you mean 'batch_size'?"),
+        ("num_workers=-1", ".num_workers is -1: expected a number of processes, or 0 for none."),
+        ("num_workers=two", ".num_workers is 'two': expected"),
+        ("sampler.type=DefaultSamplr", ".sampler: there is no data sampler 'DefaultSamplr'. Did you mean"),
+        ("sampler.shufle=True", ".sampler: DefaultSampler has no field 'shufle'. Did you mean 'shuffle'?"),
+        ("batch_sampler.type=AspectRatioBatchSamplr", ".batch_sampler: there is no data sampler"),
+        ("collate_fn.type=pseudo_colate", ".collate_fn: there is no function 'pseudo_colate'. Did you mean"),
+        ("dataset.indices=0", ".dataset.indices is 0: no image is left."),
+        ("dataset.filter_cfg.min_sze=32", ".dataset.filter_cfg: CocoDataset has no field 'min_sze'. Did you mean"),
+    ],
+)
+def test_misspelt_or_impossible_fields_of_a_loader(coco, option, expected):
     cfg, _ = coco
-    cfg.train_dataloader.batchsize = 2
-    found = message(ValueError, cfg)
-    assert "train_dataloader: DataLoader has no field 'batchsize'. Did you mean 'batch_size'?" in found
+    cfg.merge_from_dict(parse_options([f"train_dataloader.{option}"]))
+    assert message(ValueError, cfg).startswith(f"train_dataloader{expected}")
 
 
 def test_images_that_are_looked_up_only(coco):
@@ -225,7 +213,7 @@ def test_heads_that_count_other_things_are_left_alone(config):
     cfg = load_config(config)
     init_default_scope(cfg.default_scope)
     for loader in TRAIN:
-        for source in _sources(cfg[loader].dataset, loader):
+        for source in sources_of(cfg[loader].dataset, loader):
             _check_heads(cfg.model, source)
 
 

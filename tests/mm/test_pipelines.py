@@ -1,6 +1,7 @@
 """Transforms are checked before training starts, wherever they stand."""
 
 import re
+from importlib.util import find_spec
 
 import pytest
 from mmengine.registry import init_default_scope
@@ -76,8 +77,28 @@ def test_pipeline_of_a_wrapper(coco):
 
 
 def test_transforms_of_another_library(coco):
-    """Their names are not those of the registry."""
+    """Their names are not those of the registry, and the library must be there."""
     cfg, _ = coco
     flip = dict(type="HorizontalFlip", p=0.5)
     cfg.train_dataloader.dataset.pipeline[2] = dict(type="Albu", transforms=[flip])
-    check_data(cfg, TRAIN)
+    if find_spec("albumentations"):
+        check_data(cfg, TRAIN)
+    else:
+        assert "pipeline[2]: RuntimeError: albumentations is not installed" in message(ValueError, cfg)
+
+
+@pytest.mark.parametrize(
+    ("transform", "expected"),
+    [
+        (dict(type="RandomResize", scale=(9, 9), keep_ration=True), "got an unexpected keyword argument 'keep_ration'"),
+        (dict(type="RandomChoice", transforms=[[], []], prob=[0.1, 0.2, 0.7]), "pipeline[0]: AssertionError"),
+        (dict(type="RandomFlip", prob=1.5), "pipeline[0]: AssertionError"),
+        (dict(type="RandomApply", transforms=[dict(type="RandomFlip", prob=2)]), "pipeline[0].transforms[0]: Assert"),
+        (dict(type="Resize"), "pipeline[0]: TypeError"),
+    ],
+    ids=lambda value: value.get("type") if isinstance(value, dict) else "",
+)
+def test_fields_that_the_constructor_does_not_take(transform, expected):
+    init_default_scope("mmdet")
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        check_transforms([transform], "pipeline")

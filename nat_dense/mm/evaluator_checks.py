@@ -1,0 +1,147 @@
+"""What is wrong with a config's evaluators is found before they compute anything, which is after an epoch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.registry import METRICS
+
+from nat_dense.mm.coco_file import check_coco_file
+from nat_dense.mm.config import evaluators
+from nat_dense.mm.errors import did_you_mean
+from nat_dense.mm.fields import check_node
+from nat_dense.mm.sources import COCO_DATASET, Source, sources_of
+
+COCO_SCORES = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What an evaluator computes.
+
+    Attributes:
+        field: which of its fields chooses.
+        default: the choice where the field is left out.
+        scores: the choices and what each of them adds to the result; None where more fields tell.
+        more: fields that add or take away scores.
+    """
+
+    field: str
+    default: str
+    scores: dict[str, tuple[str, ...] | None]
+    more: tuple[str, ...] = ()
+
+
+COCO = Metric(
+    field="metric",
+    default="bbox",
+    scores={
+        "bbox": tuple(f"bbox_{score}" for score in COCO_SCORES),
+        "segm": tuple(f"segm_{score}" for score in COCO_SCORES),
+        "proposal": None,
+        "proposal_fast": None,
+    },
+    more=("classwise", "metric_items"),
+)
+IOU = Metric(
+    field="iou_metrics",
+    default="mIoU",
+    scores={
+        "mIoU": ("aAcc", "mIoU", "mAcc"),
+        "mDice": ("aAcc", "mDice", "mAcc"),
+        "mFscore": ("aAcc", "mFscore", "mPrecision", "mRecall"),
+    },
+)
+KNOWN = {
+    "mmdet.evaluation.metrics.coco_metric.CocoMetric": COCO,
+    "mmdet.evaluation.metrics.faster_coco_metric.FasterCocoMetric": COCO,
+    "mmseg.evaluation.metrics.iou_metric.IoUMetric": IOU,
+}
+"""The evaluators whose scores are known; classes made of them compute others."""
+
+
+def is_scored(cfg: Config, loader: str) -> bool:
+    """Whether a run compares with annotations; a test for a server only writes what it finds."""
+    found = evaluators(cfg, loader)
+    return not found or not all(evaluator.get("format_only") for evaluator in found)
+
+
+def check_evaluators(cfg: Config, loader: str) -> None:
+    """Checks the evaluators that go with a dataloader, and that what chooses the best checkpoint is among their scores.
+
+    Args:
+        cfg: the config; its `default_scope` must be active.
+        loader: "val_dataloader" or "test_dataloader".
+
+    Raises:
+        FileNotFoundError: an annotation file is missing.
+        ValueError: a type, a field or a metric is misspelt, or the dataset has images that the evaluator doesn't know.
+    """
+    name = loader.replace("dataloader", "evaluator")
+    found = [s for s in sources_of(cfg[loader].get("dataset"), f"{loader}.dataset") if s.reader == COCO_DATASET]
+    scores: list[str] | None = []
+    for evaluator in evaluators(cfg, loader):
+        computed = _check_metrics(name, evaluator)
+        scores = None if scores is None or computed is None else scores + computed
+        file = evaluator.get("ann_file")
+        if not file or "://" in file:
+            continue
+        if not Path(file).is_file():
+            raise FileNotFoundError(
+                f"{name}.ann_file: no file {file!r}. Set it with --cfg-options {name}.ann_file=FILE."
+            )
+        if str(evaluator.get("type")).endswith("CocoMetric") and len(found) == 1:
+            _check_same_images(Path(file), f"{name}.ann_file", found[0], is_scored(cfg, loader))
+    if loader == "val_dataloader" and scores:
+        _check_best(cfg, scores)
+
+
+def _check_metrics(name: str, evaluator: dict) -> list[str] | None:
+    """Checks what an evaluator is to compute; returns the names of its scores where they are known."""
+    cls = check_node(name, evaluator, METRICS)
+    metric = KNOWN.get(f"{cls.__module__}.{cls.__name__}")
+    if metric is None:
+        return None
+    chosen = evaluator.get(metric.field) or metric.default
+    chosen = [chosen] if isinstance(chosen, str) else list(chosen)
+    for choice in chosen:
+        if choice not in metric.scores:
+            hint = did_you_mean(str(choice), metric.scores)
+            raise ValueError(
+                f"{name}.{metric.field}: there is no metric {choice!r}.{hint} There are: {', '.join(metric.scores)}."
+            )
+    groups = [metric.scores[choice] for choice in chosen]
+    if None in groups or any(evaluator.get(field) for field in metric.more):
+        return None
+    prefix = evaluator.get("prefix") or cls.default_prefix
+    return [f"{prefix}/{score}" if prefix else score for group in groups for score in group or ()]
+
+
+def _check_best(cfg: Config, scores: list[str]) -> None:
+    """MMEngine looks the score up after the first validation, and fails where there is none of this name."""
+    hook = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
+    best = hook.get("save_best") or []
+    for score in [best] if isinstance(best, str) else best:
+        if score not in ("auto", *scores):
+            hint = did_you_mean(score, scores)
+            raise ValueError(
+                f"default_hooks.checkpoint.save_best: validation gives no {score!r}.{hint} It gives: "
+                f"{', '.join(scores)}; 'auto' takes the first."
+            )
+
+
+def _check_same_images(file: Path, name: str, source: Source, annotated: bool) -> None:
+    """An evaluator that doesn't know the images of its dataset gives a wrong metric, or fails after an epoch."""
+    own = source.path(source.argument("ann_file"))
+    if not own.is_file() or own.samefile(file):  # in remote storage, or the usual case
+        return
+    known, tested = (
+        {image["id"] for image in check_coco_file(path, where, masks=False, annotated=annotated)["images"]}
+        for path, where in ((file, name), (own, f"{source.name}.ann_file"))
+    )
+    if not tested <= known:
+        raise ValueError(
+            f"{name}={str(file)!r} lacks {len(tested - known)} of the {len(tested)} images of "
+            f"{source.name}.ann_file={str(own)!r}, such as id {min(tested - known, key=str)!r}: the metric would be "
+            "wrong. Set both to the same file."
+        )
