@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -40,10 +41,15 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 
 
 def describe(error: Exception) -> str:
-    """The message of an exception as one readable line, with its type where the text alone says too little."""
+    """The message of an exception as one readable line, with its type where the text alone says too little.
+
+    Where there is no message, the line of code that raised it.
+    """
     # str(KeyError("text")) is the repr of the text, quotes included.
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     text = " ".join(text.split())
     if isinstance(error, (ValueError, OSError)) and text:
         return text
+    if not text and error.__traceback__:  # as of most assertions
+        text = traceback.extract_tb(error.__traceback__)[-1].line or ""
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -60,8 +60,9 @@ def known_class(name: str, node: dict, registry: Registry) -> Any:
         others = [f"{scope}.{key}" for scope, part in registry.children.items() for key in part.module_dict]
         with registry.switch_scope_and_registry(node.get("_scope_")) as scoped:
             known = [*scoped.module_dict, *registry.module_dict, *others]
-        same = [key for key in others if key.endswith(f".{given}")]
-        hint = did_you_mean(str(given), same or known)
+        bare = str(given).rpartition(".")[2]
+        same = [bare] * (bare in registry.module_dict) or [key for key in others if key.endswith(f".{given}")]
+        hint = f" Did you mean {same[0]!r}?" if same else did_you_mean(str(given), known)
         raise ValueError(f"{name}: there is no {kind} {given!r}.{hint} Is it in custom_imports?")
     return cls
 

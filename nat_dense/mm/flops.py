@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from nat_dense.mm.build_errors import naming_parts
 from nat_dense.mm.meta import build_on_meta
 from nat_dense.ops.flops import bias_additions
 
@@ -130,7 +131,9 @@ def count_config(cfg: Config, height: int, width: int) -> Cost:
     if not cfg.get("model"):
         raise ValueError("the config has no model; expected a config of a detector or a segmentor")
     init_default_scope(cfg.get("default_scope", "mmengine"))
-    return count_model(build_on_meta(cfg.model), height, width)
+    with naming_parts(cfg.model):
+        model = build_on_meta(cfg.model)
+    return count_model(model, height, width)
 
 
 def count_model(model: nn.Module, height: int, width: int) -> Cost:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nat_dense.checkpoints.names import URLS
+from nat_dense.mm.build_errors import naming_parts
 from nat_dense.mm.errors import did_you_mean
 from nat_dense.mm.fields import check_object, class_of
 from nat_dense.mm.pretrained import Pretrained, through_this_door
@@ -53,7 +54,8 @@ def check_model(cfg: Config, *, training: bool = True) -> tuple[nn.Module, list[
     if training:
         _check_initial_weights(cfg.model, "model")
     with torch.random.fork_rng(devices=[]):
-        model = MODELS.build(copy.deepcopy(cfg.model))  # MMSegmentation writes into what it builds from
+        with naming_parts(cfg.model):
+            model = MODELS.build(copy.deepcopy(cfg.model))  # MMSegmentation writes into what it builds from
         _check_channels(model)
     if training:
         _load_initial_weights(model, on_disk=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nat_dense.checkpoints import fetch, read
 from nat_dense.checkpoints.layout import unwrap
+from nat_dense.mm.build_errors import naming_parts
 from nat_dense.mm.checkpoints import check_fits
 from nat_dense.mm.machine import replace_sync_norms
 from nat_dense.version import __version__
@@ -83,7 +84,8 @@ def graph_of(cfg: Config, checkpoint: str, part: str | None = None, *, trust: bo
         raise ValueError("the config has no model; expected a config of a detector or a segmentor")
     init_default_scope(cfg.get("default_scope", "mmengine"))
     replace_sync_norms(cfg.model)
-    model = MODELS.build(cfg.model)
+    with naming_parts(cfg.model):
+        model = MODELS.build(cfg.model)
     part = _check_part(model, part)
     source = read(fetch(checkpoint), trust=trust)
     notices = check_fits(model, source)

@@ -8,6 +8,7 @@ the same for tokens in one tensor, whose gradient is one tensor too.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -188,6 +189,8 @@ def _checked(
     backend: str,
 ) -> tuple[Pair, Pair, float]:
     """The kernel size and the dilation as pairs, and the scale, of arguments that fit; ValueError for others."""
+    for name, tensor in dict(query=query, key=key, value=value).items():
+        _check_is_tensor(name, tensor)
     kernel_size, dilation = _pair("kernel_size", kernel_size), _pair("dilation", dilation)
     _check_tensors(query, key, value)
     _check_window(query, kernel_size, dilation, padded=pad_key is not None)
@@ -203,6 +206,11 @@ def _pair(name: str, value: int | Pair) -> Pair:
     if len(pair) != 2 or any(not isinstance(n, int) or isinstance(n, bool) for n in pair):
         raise ValueError(f"{name}={value!r}: expected an int or a pair of ints (rows, columns)")
     return pair
+
+
+def _check_is_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} is a {type(value).__name__}; expected a torch.Tensor")
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -242,11 +250,13 @@ def _check_extras(
     heads, dim = query.shape[3:]
 
     def check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+        _check_is_tensor(name, tensor)
         if tensor.shape != shape:
             wanted = f"{shape} for {heads} heads of {dim}, kernel_size {kernel_size}"
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {wanted}")
         if tensor.dtype not in (query.dtype, torch.float32):
-            raise ValueError(f"{name} is {tensor.dtype}; expected {query.dtype} (the query's) or torch.float32")
+            other = "" if query.dtype is torch.float32 else " or torch.float32"
+            raise ValueError(f"{name} is {tensor.dtype}; expected {query.dtype} (the query's){other}")
         if tensor.device != query.device:
             raise ValueError(f"{name} is on {tensor.device}; expected {query.device} (the query's)")
 

@@ -11,6 +11,7 @@ from mmengine.registry import init_default_scope
 
 from nat_dense.mm import model_checks
 from nat_dense.mm.config import load_config
+from nat_dense.mm.flops import count_config
 from nat_dense.mm.machine import fit_to_machine
 from nat_dense.mm.model_checks import check_last_batch, check_model, fetch_initial_weights
 from nat_dense.models import NAT
@@ -48,6 +49,28 @@ def test_wrong_fields(option, expected):
     with pytest.raises(ValueError, match=r".") as raised:
         check_model(detector(option))
     assert expected in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("model.type=MaskRCN", "model: there is no model 'MaskRCN'. Did you mean 'MaskRCNN'?"),
+        ("model.backbone.type=NATT", "model.backbone: there is no model 'NATT'. Did you mean 'NAT'?"),
+        ("model.backbone.type=mmdet.NAT", "model.backbone: there is no model 'mmdet.NAT'. Did you mean 'NAT'?"),
+        ("model.neck.type=mmseg.UPerHea", "model.neck: there is no model 'mmseg.UPerHea'."),
+        ("model.neck.norm_cfg.type=BNN", "model.neck.norm_cfg: there is no model 'BNN'. Did you mean 'BN'?"),
+        ("model.roi_head.bbox_head.loss_cls.type=Cross", "model.roi_head.bbox_head.loss_cls: there is no model"),
+        ("model.rpn_head.anchor_generator.type=AnchorGen", "model.rpn_head.anchor_generator: there is no task util"),
+        ("model.train_cfg.rpn.assigner.type=MaxIoU", "model.train_cfg.rpn.assigner: there is no task util 'MaxIoU'"),
+        ("model.roi_head.bbox_head.foo=1", "model.roi_head.bbox_head: Shared2FCBBoxHead has no field 'foo'."),
+        ("model.neck.num_outs=1", "model: AssertionError: assert num_outs >="),
+    ],
+)
+def test_a_part_that_can_not_be_built_is_named(option, expected):
+    cfg = detector(option)
+    for build in (check_model, lambda cfg: count_config(cfg, 64, 64)):
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            build(cfg)
 
 
 def test_head_that_does_not_fit_its_map():

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,7 +37,9 @@ def call(case=CASE, dtype=torch.float32, grad=True, backend="auto", **changes):
         ({"key": torch.zeros(1, 9, 11, 2, 8)}, r"key \(1, 9, 11, 2, 8\).* expected three tensors of one shape"),
         ({"value": torch.zeros(1, 9, 11, 2, 16).half()}, "value torch.float16: expected one dtype"),
         ({"rpb": torch.zeros(2, 5, 9)}, r"rpb has shape \(2, 5, 9\); expected \(2, 9, 5\)"),
-        ({"rpb": torch.zeros(2, 9, 5).half()}, "rpb is torch.float16; expected torch.float32"),
+        ({"rpb": torch.zeros(2, 9, 5).half()}, r"rpb is torch.float16; expected torch.float32 \(the query's\)$"),
+        ({"query": np.zeros((1, 9, 11, 2, 16), np.float32)}, "query is a ndarray; expected a torch.Tensor"),
+        ({"rpb": [0.0]}, "rpb is a list; expected a torch.Tensor"),
         ({"pad_key": torch.zeros(2, 16)}, "pad_key and pad_value go together"),
         ({"backend": "cuda"}, "backend='cuda' is not known; expected 'auto' or one of"),
     ],

@@ -1,0 +1,50 @@
+"""Which part of a model's config it is that can't be built; MMEngine names the type or the field, but not its place."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from mmengine.registry import MODELS, TASK_UTILS
+
+from nat_dense.mm.errors import describe
+from nat_dense.mm.fields import check_object, class_of, known_class
+
+OF_NO_REGISTRY = ("init_cfg", "nms", "roi_layer")
+"""Parts of models whose types are functions, or which are built later."""
+
+
+@contextmanager
+def naming_parts(model: dict) -> Iterator[None]:
+    """Where the block fails to build this model, says in which part of its config the reason is, as far as it is known.
+
+    Raises:
+        ValueError: the block raised any exception.
+    """
+    try:
+        yield
+    except Exception as error:  # constructors raise what they like
+        _blame_part(model, str(error))
+        raise ValueError(f"model: {describe(error)}") from error
+
+
+def _blame_part(model: dict, message: str) -> None:
+    """Raises ValueError where a part has no known type, or a field that it doesn't take."""
+    registry = TASK_UTILS if "task util" in message else MODELS
+    unexpected = re.search(r"unexpected keyword argument '(\w+)'", message)
+    for name, node in _parts(model, "model"):
+        cls = class_of(node, MODELS) or class_of(node, TASK_UTILS)
+        if cls is None:
+            known_class(name, node, registry)
+        elif unexpected and unexpected[1] in node:
+            check_object(name, node, cls)
+
+
+def _parts(node: Any, name: str) -> Iterator[tuple[str, dict]]:
+    """The parts of a model that have types, and where they stand, but for those that no registry builds."""
+    if isinstance(node, dict) and "type" in node:
+        yield name, node
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, (list, tuple)) else ()
+    for key, child in children:
+        if key not in OF_NO_REGISTRY:
+            yield from _parts(child, f"{name}.{key}")
