@@ -99,6 +99,7 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
             _check_labels(source, [p for p in pictures if p.path not in bad], checks)
             _check_heads(cfg.model, source)
             if loader == "train_dataloader":
+                warnings += _notes_of_crops(cfg, source)
                 _check_masks(cfg.model, source)
             if part:
                 _check_names(source, pictures, part, named)
@@ -144,13 +145,30 @@ def _check_loader_fields(loader: dict, name: str) -> None:
 
 
 def _check_zero_label(source: Source) -> None:
-    zero_is_void = source.cfg.get("reduce_zero_label")  # what a class sets itself is not known from outside
+    parameter = inspect.signature(source.cls.__init__).parameters.get("reduce_zero_label")
+    default = None if parameter is None else parameter.default  # else a class may set it itself
+    zero_is_void = source.cfg.get("reduce_zero_label", default)
     loads = source.transform("LoadAnnotations").get("reduce_zero_label")
     if source.reader == SEGMENTATION_DATASET and None not in (loads, zero_is_void) and loads != zero_is_void:
         raise ValueError(
             f"{source.name}: reduce_zero_label is {zero_is_void}, but {loads} in its pipeline's LoadAnnotations. Leave "
             "it out there, or set both."
         )
+
+
+def _notes_of_crops(cfg: Config, source: Source) -> list[str]:
+    """MMSegmentation pads to a fixed size; of images smaller than a larger crop no batch can be made."""
+    size = (cfg.model.get("data_preprocessor") or {}).get("size")
+    crop = source.transform("RandomCrop").get("crop_size")
+    if source.reader != SEGMENTATION_DATASET or not size or not crop:
+        return []
+    crop = (crop, crop) if isinstance(crop, int) else tuple(crop)
+    if crop[0] <= size[0] and crop[1] <= size[1]:
+        return []
+    return [
+        f"{source.name}: crops of {crop} pixels are larger than model.data_preprocessor.size={tuple(size)}, to which "
+        "smaller images are padded: a batch with one of them fails. Set both to the same size."
+    ]
 
 
 def read_choices(cfg: Config) -> dict[str, str]:

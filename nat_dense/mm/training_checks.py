@@ -51,6 +51,11 @@ def check_training(cfg: Config, model: nn.Module) -> None:
         ValueError: a field or a type is misspelt, a count or a number is none, or the optimizer can't be built for the
             model.
     """
+    level, seed = cfg.get("log_level", "INFO"), (cfg.get("randomness") or {}).get("seed")
+    if isinstance(level, str) and not isinstance(logging.getLevelName(level), int):
+        raise ValueError(f"log_level is {level!r}: expected a level of Python's logging, such as 'INFO' or 'DEBUG'.")
+    if seed is not None and not isinstance(seed, int):
+        raise ValueError(f"randomness.seed is {seed!r}: expected a whole number, or None to draw one.")
     check_fields("env_cfg", "Runner", cfg.get("env_cfg") or {}, ENVIRONMENT)
     for name in ("train_cfg", "val_cfg", "test_cfg"):
         node = cfg.get(name)

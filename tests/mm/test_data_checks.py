@@ -145,6 +145,18 @@ def test_labels_that_are_reduced_at_one_place_alone(ade):
     cfg, _ = ade
     cfg.train_dataloader.dataset.reduce_zero_label = False
     assert "reduce_zero_label is False, but True in its pipeline's LoadAnnotations" in message(ValueError, cfg)
+    del cfg.train_dataloader.dataset["reduce_zero_label"]
+    cfg.train_dataloader.dataset.pipeline[1].reduce_zero_label = False
+    assert "reduce_zero_label is True, but False in its pipeline's LoadAnnotations" in message(ValueError, cfg)
+
+
+def test_crops_larger_than_what_smaller_images_are_padded_to(ade):
+    cfg, _ = ade
+    cfg.model.data_preprocessor.size = (64, 48)
+    (note,) = check_data(cfg, TRAIN)
+    assert "crops of (64, 64) pixels are larger than model.data_preprocessor.size=(64, 48)" in note
+    cfg.model.data_preprocessor.size = (96, 64)
+    assert check_data(cfg, TRAIN) == []
 
 
 @pytest.mark.parametrize("size", [0, -1, "two", True])

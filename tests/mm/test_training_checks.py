@@ -48,6 +48,8 @@ def test_a_config_passes_in_silence(config, capsys):
         ("default_hooks.logger.type=LogerHook", "default_hooks.logger: there is no hook 'LogerHook'. Did you mean"),
         ("optim_wrapper.clip_grd=3", "optim_wrapper: OptimWrapper has no field 'clip_grd'. Did you mean 'clip_grad'?"),
         ("optim_wrapper.optimizer.lrr=1", "optim_wrapper.optimizer: AdamW has no field 'lrr'. Did you mean 'lr'?"),
+        ("log_level=INFOO", "log_level is 'INFOO': expected a level of Python's logging, such as"),
+        ("randomness.seed=abc", "randomness.seed is 'abc': expected a whole number, or None"),
         ("env_cfg.cudnn_bench=True", "env_cfg: Runner has no field 'cudnn_bench'. Did you mean 'cudnn_benchmark'?"),
         ("train_cfg.max_iters=0", "train_cfg.max_iters is 0: expected a whole number, 1 or more."),
         ("train_cfg.max_iters=abc", "train_cfg.max_iters is 'abc': expected a whole number, 1 or more."),
