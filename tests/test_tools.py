@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -62,6 +63,11 @@ def test_train_segmentor_logs_losses_and_miou(segmentor):
     assert all(math.isfinite(line["decode.loss_ce"]) and line["aux.loss_ce"] > 0 for line in steps)
     (metrics,) = [line for line in scalars(work_dir) if "mIoU" in line]
     assert 0 <= metrics["mIoU"] <= 100
+    (log,) = work_dir.glob("*/*.log")
+    text = log.read_text()
+    groups = re.findall(r"parameter group \d: (\d+) tensors, lr=6e-05, weight_decay=([0-9.]+)", text)
+    assert [decay for _, decay in groups] == ["0.01", "0.0"]
+    assert "paramwise_options" not in text
 
 
 def test_test_detector_repeats_the_validation_and_writes_pictures_and_predictions(detector, tmp_path, capsys):
@@ -297,7 +303,7 @@ def test_options_reach_the_config(tmp_path, capsys):
         ([DETECTOR, "--cfg-options", "model.backbone.arch=tinny"], "arch='tinny'"),
         (
             [DETECTOR, "--cfg-options", "model.neck=None", "model.neck.in_channels=3"],
-            "one of model.neck, model.neck.in_channels is a field of",
+            "--cfg-options model.neck.in_channels: model.neck is None, which has no fields to set.",
         ),
         ([DETECTOR, "--launcher", "pytorch"], "start the processes with tools/dist_train.sh"),
         ([DETECTOR, "--launcher", "slurm"], "one process per GPU"),

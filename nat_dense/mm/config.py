@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
@@ -84,11 +84,8 @@ def merge_options(cfg: Config, options: dict[str, Any]) -> list[str]:
     """
     _check_option_names(cfg, options)
     notes = list(filter(None, (_note_of_new_key(cfg, option) for option in options)))
-    try:
-        cfg.merge_from_dict(options)
-    except TypeError as error:  # MMEngine's names no option
-        fields = ", ".join(key for key in options if "." in key)
-        raise ValueError(f"--cfg-options: one of {fields} is a field of what is None or no dict ({error}).") from error
+    _open_parents(cfg, options)
+    cfg.merge_from_dict(options)
     if any(option.split(".")[0] == "custom_imports" for option in options):
         import_modules_from_strings(**cfg.custom_imports)
     return notes
@@ -140,6 +137,32 @@ def _check_option_names(cfg: Config, options: dict[str, Any]) -> None:
                 f"--cfg-options {option}: {key!r} is a variable of the config file, and nothing reads it any more. Set "
                 f"what was made of it: {', '.join(places[:SHOWN_PLACES])}{more}."
             )
+
+
+def _open_parents(cfg: Config, options: dict[str, Any]) -> None:
+    """Makes room for options that set fields of what is None, and refuses those that set fields of what can't have any.
+
+    MMEngine refuses both, and names no option.
+    """
+    for option in options:
+        node: Any = cfg._cfg_dict
+        keys = option.split(".")
+        for i, key in enumerate(keys):
+            place, path = ".".join(keys[:i]), ".".join(keys[: i + 1])
+            if isinstance(node, (list, tuple)):
+                if not key.isdigit() or int(key) >= len(node):
+                    raise ValueError(f"--cfg-options {option}: {place} is a list; expected 0 to {len(node) - 1}.")
+                node = node[int(key)]
+            elif not isinstance(node, dict):
+                raise ValueError(f"--cfg-options {option}: {place} is {node!r}, which has no fields to set.")
+            elif path in options:  # the whole of it; what comes first doesn't matter to MMEngine
+                node = options[path]
+            elif key not in node:
+                break
+            else:
+                if node[key] is None:
+                    node[key] = ConfigDict()
+                node = node[key]
 
 
 def _places_of(value: Any, key: str, node: Any, path: str = "") -> Iterator[str]:

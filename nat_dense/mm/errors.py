@@ -1,4 +1,4 @@
-"""How the command lines report a mistake of the user: one line and exit status 2, no traceback."""
+"""How the command lines report a mistake of the user, in one line and without a traceback; and what stays unsaid."""
 
 import os
 import sys
@@ -6,6 +6,8 @@ import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+
+from mmengine.logging import MMLogger
 
 DEBUG_VARIABLE = "NAT_DENSE_DEBUG"
 """Set this environment variable to 1 to see the traceback of every error that a command line reports."""
@@ -32,6 +34,18 @@ def one_line_errors(program: str, kind: type[Exception] = Exception) -> Iterator
             raise
         print(f"{program}: error: {describe(error)}\n(traceback: {DEBUG_VARIABLE}=1)", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+@contextmanager
+def at_least(level: int) -> Iterator[None]:
+    """Lets MMEngine log only messages of this level and above inside the block."""
+    logger = MMLogger.get_current_instance()
+    usual = logger.level
+    logger.setLevel(max(usual, level))  # `logging.disable` doesn't reach it once it has logged something
+    try:
+        yield
+    finally:
+        logger.setLevel(usual)
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:

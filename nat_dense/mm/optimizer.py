@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIMIZERS
 from torch import Tensor, nn
+
+from nat_dense.mm.errors import at_least
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Jordan's coefficients: five steps take singular values from 0.01 to 1 of the largest into about 0.7 - 1.2."""
@@ -186,16 +190,20 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def __call__(self, model: nn.Module) -> OptimWrapper:
         wrapper = super().__call__(model)
         names = {id(p): name for name, p in getattr(model, "module", model).named_parameters()}
-        for group in wrapper.optimizer.param_groups:
+        for number, group in enumerate(wrapper.optimizer.param_groups):
             group["param_names"] = [names[id(p)] for p in group["params"]]
+            settings = ", ".join(f"{name}={group[name]}" for name in ("lr", "weight_decay") if name in group)
+            print_log(f"parameter group {number}: {len(group['params'])} tensors, {settings}", logger="current")
         wrapper.optimizer.register_load_state_dict_pre_hook(_check_groups)
         return wrapper
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = "", is_dcn_module: Any = None) -> None:
         """As MMEngine's, which calls itself for a module's children with their names as `prefix`."""
-        super().add_params(params, module, prefix, is_dcn_module)
         if prefix:
+            super().add_params(params, module, prefix, is_dcn_module)
             return
+        with at_least(logging.WARNING):  # it tells of every parameter; `__call__` of the groups
+            super().add_params(params, module, prefix, is_dcn_module)
         members = [id(p) for group in params for p in group["params"]]
         if len(members) != len(set(members)):
             raise ValueError("modules share a parameter: set paramwise_cfg=dict(bypass_duplicate=True) to take it once")

@@ -53,6 +53,8 @@ def check_pipelines(dataset: Any, name: str) -> None:
         ValueError: as `check_transforms`.
     """
     for place, config in datasets_of(dataset, name):
+        if isinstance(config.get("pipeline"), dict):
+            raise ValueError(f"{place}.pipeline is one transform, {config['pipeline']!r}: expected a list of them.")
         if config.get("pipeline") is not None:
             check_transforms(config["pipeline"], f"{place}.pipeline")
 

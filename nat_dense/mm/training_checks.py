@@ -13,7 +13,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, LOOPS, OPTIM_WRAPPERS, OPTIMIZERS, PARAM_SCHEDULERS
 from torch import Tensor, nn
 
-from nat_dense.mm.errors import describe
+from nat_dense.mm.errors import at_least, describe
 from nat_dense.mm.fields import check_fields, check_node
 
 CONSTRUCTORS = ("DefaultOptimWrapperConstructor", "GroupedOptimWrapperConstructor")
@@ -108,14 +108,11 @@ def _check_optimizer(wrapper: dict, model: nn.Module) -> None:
         if value is not None and not isinstance(value, (int, float, Tensor)):
             raise ValueError(f"optim_wrapper.optimizer.{field} is {value!r}: expected a number.")
     _check_paramwise(wrapper)
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # the constructor tells of every parameter
     try:
-        build_optim_wrapper(model, Config({"wrapper": wrapper}).wrapper)
+        with at_least(logging.ERROR):  # the constructor tells of every parameter
+            build_optim_wrapper(model, Config({"wrapper": wrapper}).wrapper)
     except Exception as error:
         raise ValueError(f"optim_wrapper: {describe(error)}") from error
-    finally:
-        logging.disable(disabled)
 
 
 def _check_paramwise(wrapper: dict) -> None:

@@ -1,6 +1,7 @@
 """Config paths: those of the installed libraries, whatever their distributions are called, and mistakes in them."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,27 @@ def test_options_are_merged_and_misspelt_ones_refused():
     assert (cfg.train_cfg.max_epochs, cfg.model.backbone.frozen_stages, cfg.randomness.seed) == (1, 0, 5)
     with pytest.raises(ValueError, match=r"no key 'optim_wraper'\. Did you mean 'optim_wrapper'"):
         load_config(DETECTOR, {"optim_wraper.type": "OptimWrapper"})
+
+
+def test_fields_of_what_is_none():
+    cfg = load_config(DETECTOR, {"model.backbone.init_cfg": None})
+    options = {"model.backbone.init_cfg.type": "Pretrained", "model.backbone.init_cfg.checkpoint": "x.pth"}
+    assert merge_options(cfg, options) == []
+    assert cfg.model.backbone.init_cfg == dict(type="Pretrained", checkpoint="x.pth")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"train_cfg.max_epochs.x": 1}, "--cfg-options train_cfg.max_epochs.x: train_cfg.max_epochs is 36, which"),
+        ({"model.neck": None, "model.neck.in_channels": 3}, "model.neck is None, which has no fields to set."),
+        ({"param_scheduler.2.begin": 1}, "param_scheduler.2.begin: param_scheduler is a list; expected 0 to 1."),
+        ({"param_scheduler.first": 1}, "param_scheduler is a list; expected 0 to 1."),
+    ],
+)
+def test_options_for_fields_that_can_not_be(options, expected):
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        load_config(DETECTOR, options)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,12 @@ def test_pipelines_with_nothing_to_check(coco, pipeline):
     check_data(cfg, TRAIN)
 
 
+def test_one_transform_where_a_list_of_them_belongs(coco):
+    cfg, _ = coco
+    cfg.train_dataloader.dataset.pipeline = dict(type="Resize", scale=(9, 9))
+    assert "train_dataloader.dataset.pipeline is one transform, {'type': 'Resize'" in message(ValueError, cfg)
+
+
 @pytest.mark.parametrize(
     ("transforms", "expected"),
     [
