@@ -297,6 +297,7 @@ def test_options_reach_the_config(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["no/such/config.py"], "no config 'no/such/config.py'"),
+        ([DETECTOR, "--resume", "no/such.pth"], "no checkpoint 'no/such.pth': neither a file"),
         (["mmdet::mask_rcnn/mask-rcnn_r51_fpn_1x_coco.py"], "mask-rcnn_r50_fpn_1x_coco.py"),
         (["mmpose::x/y.py"], "unknown library 'mmpose'"),
         ([DETECTOR, "--cfg-options", "train_dataloder.batch_size=1"], "Did you mean 'train_dataloader'?"),

@@ -50,18 +50,23 @@ def fetch(source: str | Path, *, sha256: str | None = None) -> Path:
         ConnectionError: The server can't be reached or keeps breaking off; a later call resumes.
     """
     text = str(source)
+    check_source(text)
     if Path(text).exists():
         return Path(text)
     if text in URLS:
         sha256 = sha256 or SHA256.get(text)
         text = URLS[text]
-    if not re.match(r"https?://", text):
-        close = get_close_matches(text, URLS, n=3)
-        hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise FileNotFoundError(
-            f"no checkpoint {text!r}: neither a file nor a published name nor an http(s) URL.{hint}"
-        )
     return _download(text, sha256)
+
+
+def check_source(source: str | Path) -> None:
+    """Raises FileNotFoundError where `fetch` would find no such file, name or kind of address; loads nothing."""
+    text = str(source)
+    if Path(text).exists() or text in URLS or re.match(r"https?://", text):
+        return
+    close = get_close_matches(text, URLS, n=3)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    raise FileNotFoundError(f"no checkpoint {text!r}: neither a file nor a published name nor an http(s) URL.{hint}")
 
 
 def _download(url: str, sha256: str | None) -> Path:

@@ -17,6 +17,9 @@ from nat_dense.mm.errors import did_you_mean
 DISTRIBUTIONS = {"mmdet": "onedl-mmdetection", "mmseg": "onedl-mmsegmentation"}
 """The library behind each scope, by the name it is installed under."""
 
+LOADERS = {"train": ("train_dataloader", "val_dataloader"), "test": ("test_dataloader",)}
+"""The dataloaders that a training and a test use."""
+
 OUR_KEYS = {"runner_type", "tta_model", "tta_pipeline", "data_checks"}
 """Top-level keys of a config that the tools read and that are no argument of `Runner`."""
 

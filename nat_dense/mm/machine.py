@@ -9,6 +9,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.device import get_device
 
+from nat_dense.mm.config import LOADERS
 from nat_dense.mm.processes import use_cpus
 
 AMP_DEVICES = ("cuda", "npu", "mlu", "musa")
@@ -59,7 +60,7 @@ def fit_to_machine(cfg: Config, *, training: bool = True) -> list[str]:
         notices.append("No accelerator: AmpOptimWrapper is replaced by OptimWrapper, training runs in float32.")
     if launcher == "none" and replace_sync_norms(cfg.get("model", {})):
         notices.append("One process: SyncBN is replaced by BN, which computes the same within it.")
-    for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
+    for name in LOADERS["train" if training else "test"]:
         loader = cfg.get(name) or {}
         if loader.get("num_workers") == 0 and loader.get("persistent_workers"):
             loader["persistent_workers"] = False

@@ -12,7 +12,9 @@ from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 
 from nat_dense.checkpoints import fetch, read
+from nat_dense.checkpoints.download import check_source
 from nat_dense.mm.checkpoints import DropEmbeddedConfig, check_fits, check_work_dir, refuse_pickled_code
+from nat_dense.mm.config import LOADERS
 from nat_dense.mm.data_checks import check_data, read_choices
 from nat_dense.mm.first_validation import TryValidation
 from nat_dense.mm.machine import fit_to_machine, keep_freed_memory
@@ -21,8 +23,6 @@ from nat_dense.mm.options import enable_tta
 from nat_dense.mm.pipelines import check_transforms
 from nat_dense.mm.processes import join_on_cpus, let_first_write_metrics
 from nat_dense.mm.training_checks import check_training
-
-LOADERS = {"train": ("train_dataloader", "val_dataloader"), "test": ("test_dataloader",)}
 
 
 def build_runner(
@@ -51,6 +51,8 @@ def build_runner(
     refuse_pickled_code(trust=trust)
     init_default_scope(cfg.get("default_scope", "mmengine"))
     training = mode == "train"
+    if cfg.get("load_from"):
+        check_source(cfg.load_from)  # it is read after the data, which takes longer to check
     notices = fit_to_machine(cfg, training=training)
     if training and get_device() == "cpu":
         keep_freed_memory()
