@@ -229,6 +229,7 @@ def test_other_settings_keep_the_earlier_run(root, capsys, monkeypatch):
         (["--budget", "nan"], "budget=nan: expected a number"),
         (["--seed", "-1"], "seed=-1: expected a whole number from 0 to 4294967295"),
         (["--work-dir", __file__], "a file is in its place; name a directory"),
+        (["--work-dir", f"{__file__}/below"], "Not a directory"),
         (["--train", "0"], "train=0: expected a whole number of at least 1"),
         (["--val", "7"], "holds a shapes set made with"),
     ],

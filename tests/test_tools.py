@@ -15,6 +15,7 @@ from PIL import Image
 from nat_dense.checkpoints import read
 from tests.mm.small import (
     DETECTOR,
+    REPOSITORY,
     SEGMENTOR,
     ade_options,
     coco_options,
@@ -299,6 +300,7 @@ def test_options_reach_the_config(tmp_path, capsys):
         (["no/such/config.py"], "no config 'no/such/config.py'"),
         ([DETECTOR, "--resume", "no/such.pth"], "no checkpoint 'no/such.pth': neither a file"),
         (["mmdet::mask_rcnn/mask-rcnn_r51_fpn_1x_coco.py"], "mask-rcnn_r50_fpn_1x_coco.py"),
+        ([str(REPOSITORY / "README.md")], "README.md' is no config: expected a name that ends in .py, .yml, .yaml,"),
         (["mmpose::x/y.py"], "unknown library 'mmpose'"),
         ([DETECTOR, "--cfg-options", "train_dataloder.batch_size=1"], "Did you mean 'train_dataloader'?"),
         ([DETECTOR, "--cfg-options", "model.backbone.arch=tinny"], "arch='tinny'"),

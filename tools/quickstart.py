@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         if args.work_dir.exists() and not args.work_dir.is_dir():
             raise ValueError(f"--work-dir {args.work_dir}: a file is in its place; name a directory")
+        args.work_dir.mkdir(parents=True, exist_ok=True)  # where that fails, before anything is drawn
         options = ShapesOptions(args.train, args.val, args.size)
         configs = prepare(args.data, options, args.seed, args.budget)
     with one_line_errors("quickstart.py", BlockingIOError):  # another one is under way

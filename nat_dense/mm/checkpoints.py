@@ -67,6 +67,8 @@ def check_fits(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
     advice = "Use the config that it was trained with."
     unused = [name for name in found if name not in expected]
     missing = [name for name in expected if name not in found]
+    if missing and all(f"backbone.{name}" in expected for name in found):
+        raise ValueError(f"{source!r} holds a backbone alone; expected the weights of the whole model.")
     if missing:
         instead = f", and has {unused[0]!r} instead" if unused else ""
         raise ValueError(

@@ -17,6 +17,9 @@ from nat_dense.mm.errors import did_you_mean
 DISTRIBUTIONS = {"mmdet": "onedl-mmdetection", "mmseg": "onedl-mmsegmentation"}
 """The library behind each scope, by the name it is installed under."""
 
+CONFIG_SUFFIXES = (".py", ".yml", ".yaml", ".json")
+"""How the names of configs end that MMEngine reads."""
+
 LOADERS = {"train": ("train_dataloader", "val_dataloader"), "test": ("test_dataloader",)}
 """The dataloaders that a training and a test use."""
 
@@ -63,12 +66,14 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     Raises:
         FileNotFoundError: there is no such config; names that come close are listed.
         ModuleNotFoundError: the library behind `mmdet::` or `mmseg::` is not installed.
-        ValueError: an unknown scope, or an option whose first key neither the config nor the Runner knows.
+        ValueError: an unknown scope, a file of another kind, or an option that `merge_options` refuses.
     """
     _find_libraries_by_module()
     file = _shipped_config(path) if "::" in path else Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"no config {path!r}.{_similar_files(file)}")
+    if file.suffix not in CONFIG_SUFFIXES:
+        raise ValueError(f"{path!r} is no config: expected a name that ends in {', '.join(CONFIG_SUFFIXES)}")
     cfg = Config.fromfile(str(file))
     merge_options(cfg, options or {})
     return cfg

@@ -9,6 +9,7 @@ from mmengine.registry import MODELS, init_default_scope
 
 from nat_dense.mm.config import load_config
 from nat_dense.mm.onnx import graph_of
+from nat_dense.models import NAT
 from tests.mm.small import REPOSITORY, load_tool
 
 CONFIGS = REPOSITORY / "configs/quickstart"
@@ -66,6 +67,12 @@ def test_a_window_that_slides_is_told(checkpoints):
 def test_weights_of_another_model_are_refused(checkpoints):
     with pytest.raises(ValueError, match="is of another model"):
         graph_of(load_config(SEGMENTOR), checkpoints[DETECTOR])
+
+
+def test_weights_of_a_backbone_alone_are_refused(tmp_path):
+    torch.save(NAT(arch="nano").state_dict(), tmp_path / "backbone.pth")
+    with pytest.raises(ValueError, match="holds a backbone alone; expected the weights of the whole model"):
+        graph_of(load_config(SEGMENTOR), str(tmp_path / "backbone.pth"))
 
 
 @pytest.mark.parametrize(
