@@ -18,7 +18,7 @@ import nat_dense
 from nat_dense.mm import SwapRefusedError, plan_swap, swap_backbone
 from nat_dense.mm.config import load_config
 from nat_dense.mm.meta import build_on_meta
-from nat_dense.mm.swap.changes import ABSENT, Change, as_table, changes_between, differences
+from nat_dense.mm.swap.changes import ABSENT, Change, as_text, changes_between, differences
 from nat_dense.mm.swap.maps import FeatureMap, choose_stages, measure
 from nat_dense.mm.swap.plan import BACKBONES
 from tests.mm.small import REPOSITORY, load_tool
@@ -345,7 +345,17 @@ def test_changes_and_differences():
         Change("g", ABSENT, "new"),
     ]
     assert differences(old, new) == dict(b=dict(_delete_=True, type="X", c=2), e=[dict(f=1), dict(f=4)], g="new")
-    assert as_table(list(changes_between(old, new))).row_count == 3
+    assert as_text(list(changes_between(old, new))).splitlines() == [
+        "b.d",
+        "    was 3",
+        "    is  (absent)",
+        "e.1.f",
+        "    was 2",
+        "    is  4",
+        "g",
+        "    was (absent)",
+        "    is  new",
+    ]
 
 
 class TestTool:

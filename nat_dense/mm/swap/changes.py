@@ -1,12 +1,10 @@
-"""What differs between two configs: as data, as a table for people, and as a config of differences."""
+"""What differs between two configs: as data, as text for people, and as a config of differences."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from rich.table import Table
 
 ABSENT = "(absent)"
 SHOWN_CHARACTERS = 500
@@ -56,15 +54,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any
     return result
 
 
-def as_table(changes: Sequence[Change]) -> Table:
-    """The changes, one a row, long values cut."""
-    table = Table()
-    table.add_column("field", no_wrap=True)
-    table.add_column("was", overflow="fold")
-    table.add_column("is", overflow="fold")
-    for change in changes:
-        table.add_row(change.path, _short(change.old), _short(change.new))
-    return table
+def as_text(changes: Sequence[Change]) -> str:
+    """The changes, three lines each, long values cut; no line is broken, so paths and addresses stay whole."""
+    return "\n".join(f"{c.path}\n    was {_short(c.old)}\n    is  {_short(c.new)}" for c in changes)
 
 
 def _are_parts(value: Any) -> bool:

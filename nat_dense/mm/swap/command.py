@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from rich.console import Console
 
 from nat_dense.checkpoints.writing import atomic, check_free
 from nat_dense.mm.config import load_config, merge_options
-from nat_dense.mm.swap.changes import as_table, changes_between, differences
+from nat_dense.mm.swap.changes import as_text, changes_between, differences
 from nat_dense.mm.swap.plan import BACKBONES, plan_swap
 from nat_dense.mm.swap.training import use_adamw
 
@@ -32,7 +31,7 @@ def add_swap_options(parser: argparse.ArgumentParser) -> None:
 def load_swapped(args: argparse.Namespace) -> Config:
     """The config that a command line names: read, then `--backbone` and `--optimizer`, then `--cfg-options`.
 
-    What the first two change is printed as a table.
+    What the first two change is printed.
 
     Raises:
         FileNotFoundError, ModuleNotFoundError, ValueError: As `load_config` and `plan_swap`.
@@ -47,7 +46,7 @@ def load_swapped(args: argparse.Namespace) -> Config:
         notes = use_adamw(cfg)
         changes = list(changes_between(original._cfg_dict, cfg._cfg_dict))
     if changes is not None:
-        Console().print(as_table(changes))
+        print(as_text(changes), flush=True)
     notes += merge_options(cfg, args.cfg_options)
     for note in notes:
         print(f"note: {note}", flush=True)
