@@ -98,6 +98,7 @@ def test_transforms_of_another_library(coco):
     [
         (dict(type="RandomResize", scale=(9, 9), keep_ration=True), "got an unexpected keyword argument 'keep_ration'"),
         (dict(type="RandomChoice", transforms=[[], []], prob=[0.1, 0.2, 0.7]), "pipeline[0]: AssertionError"),
+        (dict(type="MultiBranch", branch_field=["a"], a=dict(type="Resiz")), "pipeline[0]: KeyError: Resiz is not in"),
         (dict(type="RandomFlip", prob=1.5), "pipeline[0]: AssertionError"),
         (dict(type="RandomApply", transforms=[dict(type="RandomFlip", prob=2)]), "pipeline[0].transforms[0]: probs"),
         (dict(type="Resize"), "pipeline[0]: AssertionError: `scale` and"),

@@ -194,6 +194,13 @@ def test_unpublished_and_random_backbones_have_no_weights():
     assert "frozen_stages" not in backbone
 
 
+def test_a_random_backbone_that_learns_slowly_is_told():
+    slowly = "lets the backbone learn at 0.1 of the learning rate"
+    cfg = load_config("mmdet::mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco.py")
+    assert any(slowly in note for note in plan_swap(cfg, "nat-nano").notes)
+    assert not any(slowly in note for note in plan_swap(cfg, "nat-tiny").notes)
+
+
 def test_weights_of_the_whole_old_model_are_dropped():
     cfg = load_config("mmdet::cityscapes/mask-rcnn_r50_fpn_1x_cityscapes.py")
     assert cfg.load_from

@@ -78,7 +78,7 @@ def plan_swap(cfg: Config, backbone: str, optimizer: Literal["adamw"] | None = N
     new = _copy(cfg, backbone)
     notes = _swap_model(new, backbone)
     if new.get("optim_wrapper"):
-        notes += adapt_decay(new.optim_wrapper)
+        notes += adapt_decay(new.optim_wrapper, pretrained=bool(new.model.backbone.get("init_cfg")))
     if optimizer == "adamw":
         notes += use_adamw(new)
     else:

@@ -85,8 +85,12 @@ def adapt_normalisation(preprocessor: dict) -> None:
             preprocessor["rgb_to_bgr"] = False
 
 
-def adapt_decay(optim_wrapper: dict) -> list[str]:
+def adapt_decay(optim_wrapper: dict, pretrained: bool) -> list[str]:
     """Replaces the parameter-wise rules for the inside of the old backbone by those of ours.
+
+    Args:
+        optim_wrapper: The config's; changed in place.
+        pretrained: Whether the new backbone starts from published weights.
 
     Returns:
         Sentences for the user.
@@ -101,6 +105,12 @@ def adapt_decay(optim_wrapper: dict) -> list[str]:
         paramwise = {}
     rules = dict(paramwise.get("custom_keys") or {})
     rules = {key: rule for key, rule in rules.items() if not key.startswith("backbone.")}
+    slowed = rules.get("backbone", {}).get("lr_mult", 1.0)
+    if slowed < 1.0 and not pretrained:
+        notes.append(
+            f"optim_wrapper.paramwise_cfg lets the backbone learn at {slowed:g} of the learning rate, which is meant "
+            "for pretrained weights; this one starts from random ones."
+        )
     undecayed = dict(rules.get("backbone", {}), decay_mult=0.0)
     rules.update({key: dict(undecayed) for key in UNDECAYED})
     optim_wrapper["paramwise_cfg"] = dict(paramwise, custom_keys=rules)
