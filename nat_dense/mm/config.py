@@ -152,9 +152,11 @@ def _open_parents(cfg: Config, options: dict[str, Any]) -> None:
 
     MMEngine refuses both, and names no option.
     """
-    for option in options:
+    earlier: dict[str, Any] = {}
+    for option, value in options.items():
         node: Any = cfg._cfg_dict
         keys = option.split(".")
+        earlier[option] = value
         for i, key in enumerate(keys):
             place, path = ".".join(keys[:i]), ".".join(keys[: i + 1])
             if isinstance(node, (list, tuple)):
@@ -163,8 +165,8 @@ def _open_parents(cfg: Config, options: dict[str, Any]) -> None:
                 node = node[int(key)]
             elif not isinstance(node, dict):
                 raise ValueError(f"--cfg-options {option}: {place} is {node!r}, which has no fields to set.")
-            elif path in options:  # the whole of it; what comes first doesn't matter to MMEngine
-                node = options[path]
+            elif path in earlier:  # a later option for the whole of it would win
+                node = earlier[path]
             elif key not in node:
                 break
             else:
