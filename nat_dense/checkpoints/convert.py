@@ -82,7 +82,8 @@ def convert(
     if dilations is not None and not (folder and model_type == "dinat"):
         raise ValueError("dilations (--dilations) are for the config of a DiNAT, which goes with a folder and to='hf'")
     lost = [*found.left_out, *map(str, checkpoint.extras)]
-    if lost and target.exists() and Path(source).exists() and target.samefile(source):
+    written = (target, target / "model.safetensors", target / "config.json") if folder else (target,)
+    if lost and Path(source).exists() and any(path.exists() and path.samefile(source) for path in written):
         raise ValueError(
             f"{target} is what is read, and {len(lost)} of its parts, such as {lost[0]!r}, are none of its new form: "
             "they would be lost. Name another file"

@@ -8,10 +8,14 @@ from typing import Any
 from mmengine.registry import MODELS, TASK_UTILS
 
 from nat_dense.mm.errors import describe
-from nat_dense.mm.fields import check_object, class_of, known_class
+from nat_dense.mm.fields import check_fields, class_of, fields_of, known_class
 
 OF_NO_REGISTRY = ("init_cfg", "nms", "roi_layer")
 """Parts of models whose types are functions, or which are built later."""
+
+
+LAYERS = ("norm_cfg", "conv_cfg", "act_cfg", "upsample_cfg")
+"""How the parts are called that MMCV makes layers of."""
 
 
 @contextmanager
@@ -24,20 +28,28 @@ def naming_parts(model: dict) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # constructors raise what they like
-        _blame_part(model, str(error))
+        _blame_part(model, str(error.args[0]) if error.args else "")
         raise ValueError(f"model: {describe(error)}") from error
 
 
 def _blame_part(model: dict, message: str) -> None:
-    """Raises ValueError where a part has no known type, or a field that it doesn't take."""
+    """Raises ValueError where a part has the type that was not found, or the field that was not expected."""
     registry = TASK_UTILS if "task util" in message else MODELS
     unexpected = re.search(r"unexpected keyword argument '(\w+)'", message)
     for name, node in _parts(model, "model"):
         cls = class_of(node, MODELS) or class_of(node, TASK_UTILS)
-        if cls is None:
+        if cls is None and _says_unknown(message, name, node["type"]):
             known_class(name, node, registry)
-        elif unexpected and unexpected[1] in node:
-            check_object(name, node, cls)
+        known = fields_of(cls)
+        if unexpected and unexpected[1] in node and known is not None:
+            check_fields(name, cls.__name__, [unexpected[1]], known)
+
+
+def _says_unknown(message: str, name: str, given: Any) -> bool:
+    """Whether a message is MMEngine's, which names the type, or MMCV's of a layer's, which does not."""
+    return message.startswith(f"{given} is not in the ") or (
+        message.startswith("Cannot find None in registry") and name.endswith(LAYERS)
+    )
 
 
 def _parts(node: Any, name: str) -> Iterator[tuple[str, dict]]:

@@ -78,10 +78,14 @@ def _check_entries(content: dict[str, Any], where: str) -> None:
 
 
 def _ids(content: dict[str, Any], key: str, where: str) -> set[Any]:
-    """The ids of images or categories; MMDetection takes the last of equal ones for all of them."""
+    """The ids of images or categories; MMDetection takes the last of equal ones for all of them.
+
+    An image that stands there twice, the same each time, is one to it.
+    """
     first: dict[Any, int] = {}
     for i, entry in enumerate(content[key]):
-        if first.setdefault(entry["id"], i) != i:
+        other = first.setdefault(entry["id"], i)
+        if other != i and (key != "images" or entry != content[key][other]):
             raise ValueError(f"{where}: {key}[{i}] has the id {entry['id']!r} of {key}[{first[entry['id']]}].")
     return set(first)
 

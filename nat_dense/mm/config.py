@@ -83,15 +83,15 @@ def merge_options(cfg: Config, options: dict[str, Any]) -> list[str]:
     """Merges the values of `--cfg-options` into a config, in place, and imports what they add to `custom_imports`.
 
     Returns:
-        Sentences for the user, on keys that are new and look like others.
+        Sentences for the user, on keys that are new and look like others, or that MMEngine doesn't read.
 
     Raises:
         ImportError: there is no such module.
         ValueError: an option whose first key neither the config nor the Runner knows, that sets a field of what is no
             dict, or a variable of the file, which nothing reads any more.
     """
-    _check_option_names(cfg, options)
-    notes = list(filter(None, (_note_of_new_key(cfg, option) for option in options)))
+    notes = _check_option_names(cfg, options)
+    notes += filter(None, (_note_of_new_key(cfg, option) for option in options))
     _open_parents(cfg, options)
     cfg.merge_from_dict(options)
     if any(option.split(".")[0] == "custom_imports" for option in options):
@@ -129,8 +129,11 @@ def _similar_files(file: Path) -> str:
     return f" In the same folder: {', '.join(close)}." if close else ""
 
 
-def _check_option_names(cfg: Config, options: dict[str, Any]) -> None:
+def _check_option_names(cfg: Config, options: dict[str, Any]) -> list[str]:
+    """Refuses options that nothing reads; returns sentences on those that only code of the user's can read."""
     read = OUR_KEYS | RUNNER_KEYS | set(inspect.signature(Runner.__init__).parameters) - {"self", "cfg"}
+    rest = {name: value for name, value in cfg.items() if name in read}
+    notes = []
     for option in options:
         key = option.split(".")[0]
         if key not in read and key not in cfg:
@@ -138,13 +141,21 @@ def _check_option_names(cfg: Config, options: dict[str, Any]) -> None:
             raise ValueError(f"--cfg-options {option}: the config has no key {key!r}.{hint}")
         if key in read:
             continue
-        rest = {name: value for name, value in cfg.items() if name in read}
-        if places := list(_places_of(cfg[key], key, rest)):
+        places = [place for place in _places_of(cfg[key], key, rest) if place not in options]
+        if _is_copied(cfg[key], key, places):
             more = f" and {len(places) - SHOWN_PLACES} more" if len(places) > SHOWN_PLACES else ""
             raise ValueError(
                 f"--cfg-options {option}: {key!r} is a variable of the config file, and nothing reads it any more. Set "
                 f"what was made of it: {', '.join(places[:SHOWN_PLACES])}{more}."
             )
+        notes.append(f"--cfg-options {option}: MMEngine reads no {key!r}; it is there for code of your own.")
+    return notes
+
+
+def _is_copied(value: Any, key: str, places: list[str]) -> bool:
+    """Whether a variable's value is in these places because they were made of it, and not by accident."""
+    distinct = "/" in value if isinstance(value, str) else isinstance(value, (dict, list)) and bool(value)
+    return bool(places) and (distinct or any(place.rpartition(".")[2] == key for place in places))
 
 
 def _open_parents(cfg: Config, options: dict[str, Any]) -> None:
@@ -176,13 +187,13 @@ def _open_parents(cfg: Config, options: dict[str, Any]) -> None:
 
 
 def _places_of(value: Any, key: str, node: Any, path: str = "") -> Iterator[str]:
-    """Where a variable's value stands in a config: under its own name, or, for what is no number, under any."""
+    """Where a variable's value stands in a config, or a path that begins with it; a number under its own name alone."""
     children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, (list, tuple)) else ()
     for name, child in children:
         below = f"{path}.{name}" if path else str(name)
-        distinct = isinstance(value, (str, dict, list, tuple)) and bool(value)
-        begins = isinstance(value, str) and isinstance(child, str) and distinct and child.startswith(value)
-        if begins or (type(child) is type(value) and child == value and (distinct or name == key)):
+        of_any_name = isinstance(value, (str, dict, list, tuple)) and bool(value)
+        begins = isinstance(value, str) and "/" in value and isinstance(child, str) and child.startswith(value)
+        if begins or (type(child) is type(value) and child == value and (of_any_name or name == key)):
             yield below
         else:
             yield from _places_of(value, key, child, below)

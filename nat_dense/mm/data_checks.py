@@ -200,7 +200,7 @@ def _find_pictures(source: Source, checks: dict[str, str], annotated: bool) -> t
         check_fields(f"{source.name}.filter_cfg", source.cls.__name__, filters, FILTERS)
         folder = _folder(source, "img", prefix.get("img"))
         file = source.path(source.argument("ann_file"))
-        masks = bool(source.transform("LoadAnnotations").get("with_mask"))
+        masks = any(load.get("with_mask") for load in source.transforms("LoadAnnotations"))
         content = check_coco_file(file, f"{source.name}.ann_file", masks, annotated)
         check_categories(content, source.classes, str(file), ignore_others=checks["other_classes"] == "ignore")
         trains = not source.argument("test_mode")
@@ -320,9 +320,9 @@ def _check_heads(model: dict, source: Source) -> None:
 
 def _check_masks(model: dict, source: Source) -> None:
     """A head of masks in a detector of two stages trains on masks, which must be loaded."""
-    loads = source.transform("LoadAnnotations")
+    loads = source.transforms("LoadAnnotations")
     has_head = bool((model.get("roi_head") or {}).get("mask_head"))
-    if has_head and source.reader == COCO_DATASET and loads and not loads.get("with_mask"):
+    if has_head and source.reader == COCO_DATASET and loads and not any(load.get("with_mask") for load in loads):
         raise ValueError(
             f"{source.name}: the model has a roi_head.mask_head, but LoadAnnotations loads no masks. Set "
             "with_mask=True there, or roi_head.mask_head=None."

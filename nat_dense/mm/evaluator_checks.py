@@ -2,14 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
-from mmengine.registry import METRICS
+from mmengine.evaluator import Evaluator
+from mmengine.registry import LOOPS, METRICS
+from mmengine.runner import ValLoop
 
 from nat_dense.mm.coco_file import check_coco_file
 from nat_dense.mm.config import evaluators
 from nat_dense.mm.errors import did_you_mean
-from nat_dense.mm.fields import check_node
+from nat_dense.mm.fields import check_node, class_of
 from nat_dense.mm.sources import COCO_DATASET, Source, sources_of
 
 COCO_SCORES = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
@@ -60,6 +63,11 @@ KNOWN = {
 """The evaluators whose scores are known; classes made of them compute others."""
 
 
+def metric_of(cls: Any) -> Metric | None:
+    """What an evaluator of exactly this class computes, where that is known; it then keeps nothing but `results`."""
+    return KNOWN.get(f"{cls.__module__}.{cls.__qualname__}")
+
+
 def is_scored(cfg: Config, loader: str) -> bool:
     """Whether a run compares with annotations; a test for a server only writes what it finds."""
     found = evaluators(cfg, loader)
@@ -92,14 +100,14 @@ def check_evaluators(cfg: Config, loader: str) -> None:
             )
         if str(evaluator.get("type")).endswith("CocoMetric") and len(found) == 1:
             _check_same_images(Path(file), f"{name}.ann_file", found[0], is_scored(cfg, loader))
-    if loader == "val_dataloader" and scores:
+    if loader == "val_dataloader" and scores and _names_scores_plainly(cfg):
         _check_best(cfg, scores)
 
 
 def _check_metrics(name: str, evaluator: dict) -> list[str] | None:
     """Checks what an evaluator is to compute; returns the names of its scores where they are known."""
     cls = check_node(name, evaluator, METRICS)
-    metric = KNOWN.get(f"{cls.__module__}.{cls.__name__}")
+    metric = metric_of(cls)
     if metric is None:
         return None
     chosen = evaluator.get(metric.field) or metric.default
@@ -115,6 +123,15 @@ def _check_metrics(name: str, evaluator: dict) -> list[str] | None:
         return None
     prefix = evaluator.get("prefix") or cls.default_prefix
     return [f"{prefix}/{score}" if prefix else score for group in groups for score in group or ()]
+
+
+def _names_scores_plainly(cfg: Config) -> bool:
+    """Whether validation gives the evaluators' scores under their own names; other loops and evaluators prefix them."""
+    loop, evaluator = cfg.get("val_cfg") or {}, cfg.get("val_evaluator")
+    kind = evaluator.get("type", "Evaluator") if isinstance(evaluator, dict) and "metrics" in evaluator else "Evaluator"
+    is_usual = class_of({"type": "ValLoop", **loop}, LOOPS) is ValLoop
+    format_only = any(evaluator.get("format_only") for evaluator in evaluators(cfg, "val_dataloader"))
+    return is_usual and kind in ("Evaluator", Evaluator) and not format_only
 
 
 def _check_best(cfg: Config, scores: list[str]) -> None:

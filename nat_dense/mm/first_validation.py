@@ -11,9 +11,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.dataset import DefaultSampler
+from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
+from mmengine.runner import EpochBasedTrainLoop, ValLoop, autocast
+from mmengine.structures import BaseDataElement
+from torch.utils.data import DataLoader, IterableDataset
 
 from nat_dense.mm.errors import describe
+from nat_dense.mm.evaluator_checks import metric_of
+
+LIBRARIES = ("mmengine", "mmdet", "mmseg", "nat_dense")
+"""Whose hooks prepare nothing that a prediction needs."""
+
+BEFORE = {"before_val", "before_val_epoch", "before_val_iter"}
 
 
 class FirstValidationError(ValueError):
@@ -23,7 +34,9 @@ class FirstValidationError(ValueError):
 class TryValidation(Hook):
     """Validates one batch before training, and forgets the result.
 
-    The random state is left as it was, so that training goes as it would without this hook.
+    Training and validation then go as they would without this hook: random states are restored, the batch is loaded by
+    a process of its own where the validation's are, and only metrics are asked that keep nothing but their results.
+    Validation of another kind than MMEngine's own is not tried, nor one that a hook of the user's prepares.
     """
 
     priority = "LOWEST"  # when all else is ready to train
@@ -34,11 +47,11 @@ class TryValidation(Hook):
         Raises:
             FirstValidationError: it can't be loaded, predicted on or compared with.
         """
-        if runner.val_loop is None:
+        if not _is_usual(runner):
             return
         try:
             with _unchanged_randomness():
-                _validate_first_batch(runner)
+                _validate(runner.model, runner.val_loop)
         except Exception as error:
             raise FirstValidationError(
                 f"the first batch of validation, tried before training, fails: {describe(error)} (--cfg-options "
@@ -46,30 +59,55 @@ class TryValidation(Hook):
             ) from error
 
 
+def _is_usual(runner: Any) -> bool:
+    """Whether there will be a validation, and it takes its batches by number and predicts without preparation."""
+    loop, training = runner.val_loop, runner.train_loop
+    if type(loop) is not ValLoop:
+        return False
+    last = training.max_epochs if isinstance(training, EpochBasedTrainLoop) else training.max_iters
+    hooks = [hook for hook in runner.hooks if type(hook).__module__.partition(".")[0] not in LIBRARIES]
+    loader = loop.dataloader
+    return (
+        getattr(training, "val_begin", 0) <= last
+        and not any(BEFORE.intersection(hook.get_triggered_stages()) for hook in hooks)
+        and not isinstance(loader.dataset, IterableDataset)
+        and type(loader.sampler) is DefaultSampler  # torch's own, where batches are made by another sampler
+    )
+
+
 @contextmanager
 def _unchanged_randomness() -> Iterator[None]:
     """Restores the random states of Python, NumPy and PyTorch."""
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         yield
     random.setstate(states[0])
     np.random.set_state(states[1])
 
 
-def _validate_first_batch(runner: Any) -> None:
-    loop, model = runner.val_loop, runner.model
-    indices = next(iter(getattr(loop.dataloader, "batch_sampler", None) or ()), ())
-    if not indices:  # a dataset that gives no image by its number
-        return
-    # Without its workers, which would load more than one batch.
-    batch = loop.dataloader.collate_fn([loop.dataloader.dataset[i] for i in indices])
-    trains, hooks = model.training, runner._hooks
+def _validate(model: Any, loop: ValLoop) -> None:
+    loader = loop.dataloader
+    batch = next(
+        iter(
+            DataLoader(
+                loader.dataset,
+                batch_sampler=[list(range(min(loader.batch_size, len(loader.dataset))))],
+                # Files that a dataset opens must not be open when the workers of the validation start.
+                num_workers=min(loader.num_workers, 1),
+                collate_fn=loader.collate_fn,
+                worker_init_fn=loader.worker_init_fn,
+                multiprocessing_context=loader.multiprocessing_context,
+            )
+        )
+    )
+    trains = model.training
     model.eval()
-    runner._hooks = []  # they would time, log and draw it
-    try:
-        loop.run_iter(0, batch)
-    finally:
-        runner._hooks = hooks
-        model.train(trains)
-        for metric in loop.evaluator.metrics:
-            metric.results.clear()
+    with torch.no_grad(), autocast(enabled=loop.fp16):
+        outputs = model.val_step(batch)
+    model.train(trains)
+    # A model may add its loss, which the loop takes out.
+    outputs = [o for o in outputs if not (isinstance(o, BaseDataElement) and o.keys() == ["loss"])]
+    metrics = [metric for metric in loop.evaluator.metrics if metric_of(type(metric))]
+    Evaluator(metrics).process(outputs, batch)
+    for metric in metrics:
+        metric.results.clear()

@@ -53,10 +53,13 @@ class Source:
     def path(self, value: str | None) -> Path:
         return Path(self.cfg.get("data_root") or "", value or "")
 
+    def transforms(self, name: str) -> list[dict]:
+        """The configs of the transforms of this type in the pipeline, but for those inside of others."""
+        return [t for t in self.cfg.get("pipeline") or [] if isinstance(t, dict) and t.get("type") == name]
+
     def transform(self, name: str) -> dict:
-        """The config of the first transform of this type in the pipeline, or an empty one."""
-        pipeline = (t for t in self.cfg.get("pipeline") or [] if isinstance(t, dict))
-        return next((t for t in pipeline if t.get("type") == name), {})
+        """The first of them, or an empty one."""
+        return next(iter(self.transforms(name)), {})
 
 
 def sources_of(dataset: Any, name: str) -> Iterator[Source]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.hooks import CheckpointHook, LoggerHook
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, LOOPS, OPTIM_WRAPPERS, OPTIMIZERS, PARAM_SCHEDULERS
 from torch import Tensor, nn
@@ -29,6 +30,9 @@ PARAMWISE = (
 )
 """What those constructors look for in `paramwise_cfg`; others have more."""
 
+
+DECAYS = {"decay_mult", "bias_decay_mult", "norm_decay_mult", "dwconv_decay_mult"}
+"""Rules for which those constructors ask for a weight decay."""
 
 COUNTS = {"max_epochs": 1, "max_iters": 1, "val_interval": 1, "val_begin": 0}
 """Fields of loops that count, and the least that they may be: with less MMEngine trains nothing, or fails later."""
@@ -67,8 +71,8 @@ def check_training(cfg: Config, model: nn.Module) -> None:
         check_node(name, node, PARAM_SCHEDULERS, ("convert_to_iter_based",))
     for place in ("default_hooks", "custom_hooks"):
         for name, node in _typed(cfg.get(place), place):
-            check_node(name, node, HOOKS, ("priority",))
-            if "interval" in node:
+            cls = check_node(name, node, HOOKS, ("priority",))
+            if "interval" in node and cls in (CheckpointHook, LoggerHook):
                 _check_count(f"{name}.interval", node["interval"], 1, never=-1)
     wrapper = cfg.get("optim_wrapper")
     if isinstance(wrapper, dict) and isinstance(wrapper.get("optimizer"), dict) and "strategy" not in cfg:
@@ -125,7 +129,7 @@ def _check_paramwise(wrapper: dict) -> None:
     rules = paramwise.get("custom_keys") or {}
     if not isinstance(rules, dict) or not all(isinstance(rule, dict) for rule in rules.values()):
         raise ValueError(f"{name}.custom_keys is {rules!r}: expected a dict such as dict(head=dict(lr_mult=10.0)).")
-    decays = any(field.endswith("decay_mult") for group in (paramwise, *rules.values()) for field in group)
+    decays = any(DECAYS.intersection(group) for group in (paramwise, *rules.values()))
     if decays and wrapper["optimizer"].get("weight_decay") is None:
         raise ValueError(
             f"optim_wrapper.optimizer has no weight_decay, of which {name} takes fractions (decay_mult). Set it; 0 "

@@ -229,6 +229,20 @@ def test_what_a_file_would_lose_by_its_own_conversion(tmp_path, more):
     assert path.read_bytes() == before
 
 
+def test_a_folder_that_holds_what_is_read(tmp_path):
+    state = {f"backbone.{name}": value for name, value in MODELS["dense"]().state_dict().items()}
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    save(state | {"neck.weight": torch.ones(2)}, folder / "model.safetensors")
+    settings = dict(model_type="nat", overwrite=True)
+    with pytest.raises(ValueError, match=r"1 of its parts, such as 'neck.weight', are none of its new form"):
+        checkpoints.convert(folder / "model.safetensors", folder, "hf", **settings)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.safetensors").write_bytes(b"old")
+    checkpoints.convert(folder / "model.safetensors", tmp_path / "other", "hf", **settings)
+    assert "neck.weight" in checkpoints.read(folder / "model.safetensors").tensors
+
+
 def test_dilations_without_a_config_to_write_them_into(tmp_path):
     save(MODELS["dense"]().state_dict(), tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"dilations .* are for the config of a DiNAT"):

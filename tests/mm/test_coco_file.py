@@ -69,6 +69,20 @@ def test_annotation_file_that_lacks_something(coco, change, expected):
     assert expected in message(ValueError, cfg)
 
 
+def test_an_image_that_stands_there_twice_is_one(coco):
+    cfg, root = coco
+    edit_annotations(root, lambda c: c["images"].append(dict(c["images"][1])))
+    assert check_data(cfg, TRAIN) == []
+
+
+def test_masks_of_a_second_loader(coco):
+    cfg, _ = coco
+    pipeline = cfg.train_dataloader.dataset.pipeline
+    pipeline.insert(1, dict(type="LoadAnnotations", with_bbox=True))
+    assert pipeline[2].with_mask
+    assert check_data(cfg, TRAIN) == []
+
+
 def test_a_box_only_detector_needs_no_segmentation(coco):
     cfg, root = coco
     edit_annotations(root, lambda c: c["annotations"][0].pop("segmentation"))

@@ -130,6 +130,23 @@ def test_keys_that_mmengine_reads_and_those_of_other_code_can_be_set(tmp_path):
     (tmp_path / "c.py").write_text("mine = dict(number=3)\nother = dict(number=4)\n")
     cfg = load_config(str(tmp_path / "c.py"), {"find_unused_parameters": True, "compile": False, "mine.number": 5})
     assert (cfg.find_unused_parameters, cfg.compile, cfg.mine.number) == (True, False, 5)
+    note = "--cfg-options mine.number: MMEngine reads no 'mine'; it is there for code of your own."
+    assert merge_options(cfg, {"mine.number": 6, "sync_bn": "torch"}) == [note]
+
+
+def test_values_that_are_equal_by_accident(tmp_path):
+    """A variable is taken for the source of a field where that has its name, or it is a part or a path."""
+    text = "project = 'nccl'\nsteps = 3\nsizes = (9, 9)\nleft = (9, 9)\nenv_cfg = dict(dist_cfg=dict(backend='nccl'))\n"
+    text += "train_cfg = dict(max_iters=3)\nparam_scheduler = dict(left=(9, 9), sizes_too=(9, 9))\n"
+    (tmp_path / "c.py").write_text(text)
+    for option in ("project", "steps", "sizes"):
+        cfg = load_config(str(tmp_path / "c.py"))
+        assert len(merge_options(cfg, {option: 5})) == 1
+        assert cfg[option] == 5
+    with pytest.raises(ValueError, match=r"made of it: param_scheduler.left, param_scheduler.sizes_too\."):
+        load_config(str(tmp_path / "c.py"), {"left": 5})
+    both = {"left": 5, "param_scheduler.left": 5, "param_scheduler.sizes_too": 5}
+    assert load_config(str(tmp_path / "c.py"), both).param_scheduler.left == 5
 
 
 def test_a_new_key_beside_one_that_looks_like_it_is_told():

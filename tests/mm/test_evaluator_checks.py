@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from mmdet.datasets import CocoDataset
+from mmdet.evaluation import CocoMetric
 from mmengine.registry import METRICS, init_default_scope
 
 from nat_dense.mm.data_checks import check_data
@@ -75,8 +76,43 @@ def test_what_chooses_the_best_checkpoint(coco, best, fits):
         check_data(cfg, TRAIN)
     else:
         assert "save_best: validation gives no" in message(ValueError, cfg)
-        cfg.val_evaluator.classwise = True  # which adds scores that are not known
-        check_data(cfg, TRAIN)
+
+
+@METRICS.register_module()
+class OwnCocoMetric(CocoMetric):
+    """May compute anything."""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"val_evaluator.classwise": True},
+        {"val_evaluator.metric": ["bbox", "proposal"]},
+        {"val_evaluator.type": "mmengine.OwnCocoMetric"},
+        {"val_evaluator.format_only": True, "val_evaluator.outfile_prefix": "x"},
+        {"val_cfg.type": "TeacherStudentValLoop"},
+        {"default_hooks.checkpoint.save_best": "mine/bbox_mAP", "val_evaluator.prefix": "mine"},
+    ],
+    ids=["classes", "proposals", "subclass", "format", "loop", "prefix"],
+)
+def test_scores_that_are_not_known(coco, change):
+    cfg, _ = coco
+    cfg.default_hooks.checkpoint.save_best = "some/score"
+    assert "save_best: validation gives no 'some/score'" in message(ValueError, cfg)
+    cfg.merge_from_dict(change)
+    check_data(cfg, TRAIN)
+
+
+def test_scores_of_several_evaluators(coco):
+    cfg, _ = coco
+    cfg.default_hooks.checkpoint.save_best = "own/score"
+    known = dict(cfg.val_evaluator)
+    cfg.val_evaluator = [known, dict(known, type="mmengine.OwnCocoMetric")]
+    check_data(cfg, TRAIN)
+    cfg.val_evaluator = [known, dict(known, prefix="own")]
+    assert "It gives: coco/bbox_mAP" in message(ValueError, cfg)
+    cfg.val_evaluator = dict(type="MultiDatasetsEvaluator", metrics=[known], dataset_prefixes=["A"])
+    check_data(cfg, TRAIN)
 
 
 @pytest.mark.parametrize("kind", ["CocoMetric", "FasterCocoMetric"])

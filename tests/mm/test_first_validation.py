@@ -1,18 +1,32 @@
 """What would fail at the first validation fails before training, which otherwise goes as it would without the trial."""
 
+import copy
+import os
 import random
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from mmcv.transforms import BaseTransform
+from mmengine.evaluator import BaseMetric
+from mmengine.hooks import Hook
+from mmengine.registry import DATA_SAMPLERS, HOOKS, LOOPS, METRICS, TRANSFORMS
+from mmengine.runner import ValLoop
 from PIL import Image
+from torch.utils.data import BatchSampler
 
+from nat_dense.mm.config import load_config
+from nat_dense.mm.first_validation import FirstValidationError
+from nat_dense.mm.runner import build_runner
 from tests.mm.small import (
     DETECTOR,
     SEGMENTOR,
     ade_options,
     coco_options,
     load_tool,
+    parse_options,
     scalars,
     write_ade,
     write_coco,
@@ -58,20 +72,126 @@ def test_validation_images_of_several_sizes_in_a_batch(tmp_path, capsys):
     assert "size in a batch should be the same" in fails(SEGMENTOR, options, tmp_path, capsys)
 
 
-def test_training_goes_as_without_the_trial(tmp_path):
-    """A pipeline of validation that draws numbers of its own would shift those of the training."""
-    options = [*ade_options(write_ade(tmp_path / "ade")), "val_dataloader.dataset.pipeline.1.type=RandomResize"]
-    options += ["val_dataloader.dataset.pipeline.1.ratio_range=(0.5,2.0)"]
+def states() -> list:
+    """Of all that draws random numbers."""
+    return [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+
+
+@TRANSFORMS.register_module()
+class DrawNumbers(BaseTransform):
+    """Draws numbers of every kind, and notes in which process."""
+
+    def __init__(self, pids: str):
+        self.pids = Path(pids)
+
+    def transform(self, results: dict) -> dict:
+        random.random(), np.random.random(), torch.rand(1)
+        with self.pids.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return results
+
+
+@HOOKS.register_module()
+class Spy(Hook):
+    """Notes what a trial could leave behind."""
+
+    found: ClassVar[list] = []
+
+    def before_train_epoch(self, runner):
+        results = [metric.results for metric in runner.val_loop.evaluator.metrics]
+        self.found.append([states(), runner.model.training, copy.deepcopy(results)])
+
+
+@METRICS.register_module()
+class CountImages(BaseMetric):
+    """Keeps more than results."""
+
+    seen = 0
+
+    def process(self, data_batch, data_samples):
+        self.seen += len(data_samples)
+        self.results.append(0)
+
+    def compute_metrics(self, results):
+        return dict(seen=self.seen)
+
+
+def test_training_and_validation_go_as_without_the_trial(tmp_path):
+    options = ade_options(write_ade(tmp_path / "ade", val=3))
+    options.append("val_dataloader.batch_size=2")
     found = []
     for choice in ("try", "none"):
-        folder = tmp_path / choice
-        arguments = ["--work-dir", str(folder), "--seed", "3", "--cfg-options", *options]
-        load_tool("train").main([SEGMENTOR, *arguments, f"data_checks.validation={choice}"])
-        lines = scalars(folder)
-        found.append([line["loss"] for line in lines if "loss" in line] + [lines[-1]["mIoU"]])
-        found.append([random.random(), np.random.random(), torch.rand(1).item()])
-    assert found[0] == found[2]
-    assert found[1] == found[3]
+        cfg = load_config(SEGMENTOR, parse_options([*options, f"data_checks.validation={choice}"]))
+        cfg.work_dir, cfg.randomness = str(tmp_path / choice), dict(seed=3)
+        cfg.val_dataloader.dataset.pipeline.insert(1, dict(type="DrawNumbers", pids=str(tmp_path / f"{choice}.pids")))
+        cfg.val_evaluator = [cfg.val_evaluator, dict(type="CountImages")]
+        cfg.custom_hooks = [dict(type="Spy")]
+        build_runner(cfg).train()
+        steps, metrics = scalars(tmp_path / choice)[:-1], scalars(tmp_path / choice)[-1]
+        losses = [line["loss"] for line in steps]
+        found.append([losses, metrics["mIoU"], metrics["seen"], Spy.found.pop(), states()])
+    assert found[0] == found[1]
+    assert found[0][2] == 3
+    assert found[0][3][1:] == [True, [[], []]]
+    assert [len((tmp_path / f"{choice}.pids").read_text().split()) for choice in ("try", "none")] == [5, 3]
+
+
+def test_a_process_of_its_own_loads_the_batch_where_the_validation_has_processes(tmp_path, capsys):
+    """A file that a dataset opens in this process would be shared by all processes of the validation."""
+    options = [*ade_options(write_ade(tmp_path / "ade")), "val_dataloader.num_workers=1", "model.test_cfg.mode=slied"]
+    cfg = load_config(SEGMENTOR, parse_options([*options, "val_dataloader.persistent_workers=False"]))
+    cfg.work_dir = str(tmp_path / "run")
+    cfg.val_dataloader.dataset.pipeline.insert(1, dict(type="DrawNumbers", pids=str(tmp_path / "pids")))
+    with pytest.raises(FirstValidationError, match="slied"):
+        build_runner(cfg).train()
+    (pid,) = (tmp_path / "pids").read_text().split()
+    assert int(pid) != os.getpid()
+
+
+@LOOPS.register_module()
+class OwnLoop(ValLoop):
+    """A loop that may do anything."""
+
+
+@DATA_SAMPLERS.register_module()
+class OwnBatches(BatchSampler):
+    """Batches of any kind."""
+
+
+@HOOKS.register_module()
+class Prepares(Hook):
+    """A hook that may prepare anything."""
+
+    def before_val_epoch(self, runner):
+        pass
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(val_cfg=dict(type="OwnLoop")),
+        dict(custom_hooks=[dict(type="Prepares")]),
+        {"val_dataloader.sampler.type": "InfiniteSampler"},
+        {"val_dataloader.batch_sampler": dict(type="OwnBatches", drop_last=False)},
+        dict(data_checks=dict(validation="none")),
+    ],
+    ids=["loop", "hook", "sampler", "batches", "choice"],
+)
+def test_what_is_not_usual_is_not_tried(tmp_path, change):
+    """The validation itself then fails, with its own error, when the training is over."""
+    options = [*ade_options(write_ade(tmp_path / "ade")), "model.test_cfg.mode=slied"]
+    cfg = load_config(SEGMENTOR, parse_options(options))
+    cfg.work_dir = str(tmp_path / "run")
+    cfg.merge_from_dict(change)
+    with pytest.raises(AssertionError, match="slied"):
+        build_runner(cfg).train()
+    assert [line["step"] for line in scalars(tmp_path / "run")] == [1, 2]
+
+
+def test_a_validation_that_never_comes_is_not_tried(tmp_path):
+    options = [*ade_options(write_ade(tmp_path / "ade")), "model.test_cfg.mode=slied", "train_cfg.val_begin=3"]
+    load_tool("train").main([SEGMENTOR, "--work-dir", str(tmp_path), "--cfg-options", *options])
+    assert (tmp_path / "iter_2.pth").is_file()
 
 
 def test_a_run_without_validation(tmp_path):

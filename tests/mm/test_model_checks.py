@@ -73,6 +73,27 @@ def test_a_part_that_can_not_be_built_is_named(option, expected):
             build(cfg)
 
 
+def test_of_a_layers_fields_the_unexpected_one_is_named():
+    cfg = detector()
+    cfg.model.neck.norm_cfg = dict(type="BN", requires_grad=True, foo=1)
+    with pytest.raises(ValueError, match=r"^model.neck.norm_cfg: BatchNorm2d has no field 'foo'\."):
+        check_model(cfg)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "fpg/faster-rcnn_r50_fpg_crop640-50e_coco.py",
+        "cascade_rpn/cascade-rpn_faster-rcnn_r50-caffe_fpn_1x_coco.py",
+        "ddq/ddq-detr-4scale_r50_8xb2-12e_coco.py",
+    ],
+)
+def test_parts_with_types_of_other_kinds_are_not_blamed(config):
+    init_default_scope("mmdet")
+    with pytest.raises(ValueError, match="invalid depth 7"):
+        check_model(load_config(f"mmdet::{config}", {"model.backbone.depth": 7, "model.backbone.init_cfg": None}))
+
+
 def test_head_that_does_not_fit_its_map():
     with pytest.raises(ValueError, match=r"auxiliary_head.in_channels is 256"):
         check_model(segmentor("model.auxiliary_head.in_channels=256"))

@@ -73,6 +73,28 @@ def test_what_is_misspelt_is_named(option, expected):
     assert expected in str(raised.value)
 
 
+@HOOKS.register_module()
+class InSeconds(Hook):
+    """What an interval is, is a hook's own business."""
+
+    def __init__(self, interval: float):
+        self.interval = interval
+
+
+@pytest.mark.parametrize("interval", [0.5, 0, (1, 5)])
+def test_intervals_of_other_hooks(interval):
+    cfg = load(SEGMENTOR)
+    cfg.custom_hooks = [dict(type="InSeconds", interval=interval)]
+    check_training(cfg, nn.Linear(16, 16))
+
+
+def test_rules_that_need_no_weight_decay():
+    cfg = load(SEGMENTOR)
+    cfg.optim_wrapper.paramwise_cfg = dict(flat_decay_mult=0.0, custom_keys=dict(bias=dict(lr_mult=2.0)))
+    del cfg.optim_wrapper.optimizer["weight_decay"]
+    check_training(cfg, nn.Linear(16, 16))
+
+
 def test_loops_without_a_type_are_the_runners():
     by_epoch = dict(by_epoch=True, max_epochs=3, val_interval=1)
     cfg = load(DETECTOR)
