@@ -157,6 +157,10 @@ def check_work_dir(cfg: Config, model: nn.Module, *, trust: bool = False) -> lis
             checkpoints.
     """
     work_dir, resume, named = Path(cfg.work_dir), cfg.get("resume"), cfg.get("load_from")
+    hook = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
+    for name, folder in (("work_dir", work_dir), ("default_hooks.checkpoint.out_dir", hook.get("out_dir"))):
+        if folder and "://" not in str(folder):
+            _check_can_be_folder(name, Path(folder))
     present = sorted(path.name for path in work_dir.glob("*.pth"))
     if not resume:
         if present:
@@ -170,7 +174,6 @@ def check_work_dir(cfg: Config, model: nn.Module, *, trust: bool = False) -> lis
             f"{_holding(work_dir, present)}, that a run resumed from {str(named)!r} could overwrite. Choose another "
             "--work-dir."
         )
-    hook = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
     source = named or latest_checkpoint(work_dir, elsewhere=bool(hook.get("out_dir")))
     if source is None and present:
         raise ValueError(
@@ -189,6 +192,15 @@ def check_work_dir(cfg: Config, model: nn.Module, *, trust: bool = False) -> lis
     if not named:
         _check_same_experiment(cfg, checkpoint.extras["meta"].get("experiment_name", ""), source)
     return check_fits(model, checkpoint) + _notice_of_end(cfg, checkpoint.extras["meta"], source)
+
+
+def _check_can_be_folder(name: str, folder: Path) -> None:
+    """Finds a folder that can't be written to, or made, before training."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{name}={str(folder)!r}: {str(nearest)!r} is a file; name a folder.")
+    if not os.access(nearest, os.W_OK):
+        raise PermissionError(f"{name}={str(folder)!r}: {str(nearest)!r} may not be written to; name another folder.")
 
 
 def _notice_of_end(cfg: Config, meta: dict, source: str) -> list[str]:

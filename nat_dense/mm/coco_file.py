@@ -13,6 +13,10 @@ REQUIRED = {
 """The lists of an instances file, and the keys that MMDetection reads of each entry without a default."""
 
 
+BEYOND = 0.2
+"""From this share of boxes that reach beyond their image on, they may be of another form."""
+
+
 def check_coco_file(file: Path, name: str, masks: bool, annotated: bool = True) -> dict[str, Any]:
     """Reads an annotation file and checks that it is one.
 
@@ -101,21 +105,66 @@ def check_boxes(content: dict[str, Any], where: str) -> list[str]:
         Warnings for the user.
 
     Raises:
-        ValueError: there are no others, as where boxes are fractions of the image.
+        ValueError: there are no others, as where boxes are fractions of the image, or all are of crowds.
     """
     sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
     counted = [annotation for annotation in content["annotations"] if not annotation.get("ignore")]
+    if counted and all(annotation.get("iscrowd") for annotation in counted):
+        raise ValueError(
+            f"{where}: all {len(counted)} annotations are of crowds (iscrowd=1), which MMDetection learns nothing from."
+        )
+    trained = [a for a in counted if _is_trained_with(a, *sizes[a["image_id"]])]
+    beyond = [a for a in trained if _reaches_beyond(a["bbox"], *sizes[a["image_id"]])]
+    notices = []
+    if len(beyond) > BEYOND * len(counted):
+        example = f"{beyond[0]['bbox']} (id {beyond[0]['id']!r}) on {'x'.join(map(str, sizes[beyond[0]['image_id']]))}"
+        notices.append(
+            f"{where}: {len(beyond)} of {len(counted)} boxes reach beyond their image, such as {example} pixels: are "
+            "they [x, y, width, height], or [x1, y1, x2, y2] by mistake?"
+        )
+    if len(trained) == len(counted):
+        return notices
     left_out = [a for a in counted if not _is_trained_with(a, *sizes[a["image_id"]])]
-    if not left_out:
-        return []
     first = left_out[0]
     size = "x".join(map(str, sizes[first["image_id"]]))
     example = f"{first['bbox']} (id {first['id']!r}) on {size} pixels"
     found = f"smaller than a pixel or outside their image, such as {example}"
     if len(left_out) == len(counted):
         raise ValueError(f"{where}: all {len(counted)} boxes are {found}: expected [x, y, width, height] in pixels.")
-    return [f"{where}: {len(left_out)} of {len(counted)} boxes are left out: {found}."]
+    return [*notices, f"{where}: {len(left_out)} of {len(counted)} boxes are left out: {found}."]
 
+
+def check_outlines(content: dict[str, Any], where: str) -> list[str]:
+    """Tells of outlines without area, with which MMDetection leaves out the whole object; arguments as `check_boxes`.
+
+    Raises:
+        ValueError: there are no others, or an object has none at all, on which MMDetection fails amid an epoch.
+    """
+    sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+    counted = [a for a in content["annotations"] if not a.get("ignore")]
+    for annotation in counted:
+        if not annotation["segmentation"] and _is_trained_with(annotation, *sizes[annotation["image_id"]]):
+            raise ValueError(
+                f"{where}: the annotation of id {annotation['id']!r} has an empty segmentation, on which MMDetection "
+                "fails. Take it out, or give it an outline: [[x1, y1, x2, y2, x3, y3, ...]]."
+            )
+    outlines = [a for a in counted if isinstance(a.get("segmentation"), list)]
+    empty = [a for a in outlines if not any(_is_outline(part) for part in a["segmentation"])]
+    if not empty:
+        return []
+    found = f"no outline of three points or more, such as {str(empty[0]['segmentation'])[:80]} (id {empty[0]['id']!r})"
+    if len(empty) == len(counted):
+        raise ValueError(f"{where}: all {len(empty)} objects have {found}: expected lists of [x1, y1, x2, y2, ...].")
+    return [f"{where}: {len(empty)} of {len(counted)} objects are left out, since they have {found}."]
+
+
+def _is_outline(part: Any) -> bool:
+    return isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0
+
+
+def _reaches_beyond(box: list[float], width: float, height: float) -> bool:
+    """By more than a pixel, which rounding may add."""
+    return box[0] + box[2] > width + 1 or box[1] + box[3] > height + 1
 
 def _is_trained_with(annotation: dict[str, Any], width: float, height: float) -> bool:
     x, y, box_width, box_height = annotation["bbox"]

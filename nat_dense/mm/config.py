@@ -12,7 +12,7 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 
-from nat_dense.mm.errors import did_you_mean
+from nat_dense.mm.errors import describe, did_you_mean
 
 DISTRIBUTIONS = {"mmdet": "onedl-mmdetection", "mmseg": "onedl-mmsegmentation"}
 """The library behind each scope, by the name it is installed under."""
@@ -38,6 +38,23 @@ RUNNER_KEYS = {
     "sync_bn",
 }
 """Top-level keys of a config that MMEngine reads and that are no argument of `Runner` either."""
+
+PARTS = ("model", "train_dataloader", "val_dataloader", "test_dataloader", "default_hooks", "env_cfg", "data_checks")
+"""Top-level keys whose values are dicts."""
+
+OLD_KEYS = {
+    "checkpoint_config": "default_hooks.checkpoint",
+    "data": "train_dataloader, val_dataloader and test_dataloader",
+    "evaluation": "val_evaluator and train_cfg.val_interval",
+    "log_config": "default_hooks.logger and visualizer",
+    "lr_config": "param_scheduler",
+    "optimizer": "optim_wrapper.optimizer",
+    "optimizer_config": "optim_wrapper.clip_grad",
+    "resume_from": "load_from with resume=True",
+    "runner": "train_cfg",
+    "workflow": "train_cfg and val_cfg",
+}
+"""Top-level keys of MMDetection 2 and MMSegmentation 0, and what took their place."""
 
 NEARLY = 0.8
 """From this likeness on, a key that an option adds beside another one may be that one, misspelt."""
@@ -66,7 +83,8 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     Raises:
         FileNotFoundError: there is no such config; names that come close are listed.
         ModuleNotFoundError: the library behind `mmdet::` or `mmseg::` is not installed.
-        ValueError: an unknown scope, a file of another kind, or an option that `merge_options` refuses.
+        ValueError: an unknown scope, a file that is no config or fails when it is run, or an option that
+            `merge_options` refuses.
     """
     _find_libraries_by_module()
     file = _shipped_config(path) if "::" in path else Path(path)
@@ -74,7 +92,11 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
         raise FileNotFoundError(f"no config {path!r}.{_similar_files(file)}")
     if file.suffix not in CONFIG_SUFFIXES:
         raise ValueError(f"{path!r} is no config: expected a name that ends in {', '.join(CONFIG_SUFFIXES)}")
-    cfg = Config.fromfile(str(file))
+    try:
+        cfg = Config.fromfile(str(file))
+    except Exception as error:  # it runs the file
+        reason, _, _ = describe(error).partition(", the current sys.path is:")
+        raise ValueError(f"{path!r} can't be read: {reason}") from error
     merge_options(cfg, options or {})
     return cfg
 
@@ -129,9 +151,40 @@ def _similar_files(file: Path) -> str:
     return f" In the same folder: {', '.join(close)}." if close else ""
 
 
+def check_keys(cfg: Config) -> list[str]:
+    """Checks a config's top-level keys, where one that MMEngine doesn't know passes for a variable of the file.
+
+    Returns:
+        Sentences for the user, on keys that nothing was made of and that are those of older releases, or look like one
+            that MMEngine reads.
+
+    Raises:
+        ValueError: another kind of value where a dict is expected.
+    """
+    for name in PARTS:
+        if not isinstance(cfg.get(name) or {}, dict):
+            raise ValueError(f"{name} is {cfg[name]!r}: expected a dict.")
+    read = _read_keys()
+    rest = {name: value for name, value in cfg.items() if name in read}
+    notes = []
+    for key, value in cfg.items():
+        if key in read or list(_places_of(value, key, rest)):
+            continue
+        if key in OLD_KEYS and value is not None:
+            notes.append(f"{key!r} is a key of older releases, which nothing reads any more; set {OLD_KEYS[key]}.")
+        elif close := get_close_matches(key, read, n=1, cutoff=NEARLY):
+            notes.append(f"the config's {key!r} is read by nothing: is {close[0]!r} meant?")
+    return notes
+
+
+def _read_keys() -> set[str]:
+    """The top-level keys that something reads."""
+    return OUR_KEYS | RUNNER_KEYS | set(inspect.signature(Runner.__init__).parameters) - {"self", "cfg"}
+
+
 def _check_option_names(cfg: Config, options: dict[str, Any]) -> list[str]:
     """Refuses options that nothing reads; returns sentences on those that only code of the user's can read."""
-    read = OUR_KEYS | RUNNER_KEYS | set(inspect.signature(Runner.__init__).parameters) - {"self", "cfg"}
+    read = _read_keys()
     rest = {name: value for name, value in cfg.items() if name in read}
     notes = []
     for option in options:

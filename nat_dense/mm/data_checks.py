@@ -17,12 +17,12 @@ from mmengine.config import Config
 from mmengine.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
 from torch.utils.data import DataLoader
 
-from nat_dense.mm.coco_file import check_boxes, check_categories, check_coco_file
+from nat_dense.mm.coco_file import check_boxes, check_categories, check_coco_file, check_outlines
 from nat_dense.mm.config import evaluators
 from nat_dense.mm.evaluator_checks import check_evaluators, is_scored
 from nat_dense.mm.fields import check_fields, check_node, known_class
 from nat_dense.mm.images import CHANNELS, Picture, find_bad_images, find_bad_labels, sample
-from nat_dense.mm.pipelines import check_pipelines
+from nat_dense.mm.pipelines import check_datasets
 from nat_dense.mm.sources import COCO_DATASET, SEGMENTATION_DATASET, Source, sources_of
 
 CHOICES = {
@@ -83,7 +83,7 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
         _check_loader_fields(cfg[loader], loader)
         scored, part = is_scored(cfg, loader), _naming_part(cfg) if loader == "test_dataloader" else None
         named: dict[str, Path] = {}
-        check_pipelines(cfg[loader].get("dataset"), f"{loader}.dataset")
+        check_datasets(cfg[loader].get("dataset"), f"{loader}.dataset")
         for source in sources_of(cfg[loader].get("dataset"), f"{loader}.dataset"):
             _check_zero_label(source)
             pictures, notices = _find_pictures(source, checks, annotated=scored)
@@ -209,7 +209,12 @@ def _find_pictures(source: Source, checks: dict[str, str], annotated: bool) -> t
                 f"{source.name}.ann_file: {str(file)!r} has no annotations, and filter_cfg.filter_empty_gt leaves out "
                 "images without any: none is left."
             )
-        notices = check_boxes(content, f"{source.name}.ann_file: {str(file)!r}") if trains else []
+        where = f"{source.name}.ann_file: {str(file)!r}"
+        notices = check_boxes(content, where) if trains else []
+        if trains and masks:
+            notices += check_outlines(content, where)
+        if annotated and not trains and not content["annotations"]:
+            notices.append(f"{where} has no annotations: there is nothing to compare with, and mAP will be -1.")
         pictures = [Picture(folder / i["file_name"], (i["width"], i["height"])) for i in content["images"]]
         return pictures, notices
     if source.reader == SEGMENTATION_DATASET:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import Registry
@@ -77,11 +77,16 @@ def check_object(name: str, node: dict, cls: Any, others: Iterable[str] = ()) ->
         others: fields that are taken out before it is built.
 
     Raises:
-        ValueError: another field is set.
+        ValueError: another field is set, or one is text that the class annotates as numbers.
     """
     known = fields_of(cls)
     if known is not None:
         check_fields(name, cls.__name__, [field for field in node if field not in OF_ANY_OBJECT], [*known, *others])
+    expected = _annotations(cls)
+    for field, value in node.items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if field in expected and any(isinstance(v, str) for v in values) and not _takes_text(expected[field]):
+            raise ValueError(f"{name}.{field} is {value!r}: expected {_readable(expected[field])}, without quotes.")
 
 
 def check_fields(name: str, owner: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -118,3 +123,27 @@ def _parameters(function: Callable) -> tuple[list[str], bool]:
     parameters = inspect.signature(function).parameters.values()
     names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name != "self"]
     return names, any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _annotations(cls: Any) -> dict[str, Any]:
+    """What a class says of the kinds of its fields; of a field that its base class has too, its own word counts."""
+    found: dict[str, Any] = {}
+    for base in reversed(cls.__mro__[:-1]) if inspect.isclass(cls) else ():
+        constructor = vars(base).get("__init__")
+        try:
+            found |= get_type_hints(constructor) if constructor else {}
+        except (NameError, TypeError, AttributeError):  # names that are known to type checkers alone
+            found = {field: kind for field, kind in found.items() if field not in _parameters(constructor)[0]}
+    return found
+
+
+def _takes_text(kind: Any) -> bool:
+    """Whether an annotation allows text; of what isn't made of numbers it is not known."""
+    parts = [part for part in get_args(kind) if part is not Ellipsis]
+    if parts:
+        return get_origin(kind) is Literal or any(_takes_text(part) for part in parts)
+    return kind not in (int, float, bool, complex, type(None))
+
+
+def _readable(kind: Any) -> str:
+    return kind.__name__ if inspect.isclass(kind) and not get_args(kind) else str(kind).replace("typing.", "")

@@ -48,7 +48,11 @@ def check_model(cfg: Config, *, training: bool = True) -> tuple[nn.Module, list[
     """
     if not cfg.get("model"):
         raise ValueError(f"{cfg.filename or 'the config'} has no model: is it a config to train or test with?")
-    backbone = cfg.model.get("backbone", {})
+    if 0 in ((cfg.model.get("data_preprocessor") or {}).get("std") or ()):
+        raise ValueError("model.data_preprocessor.std has a 0, by which images would be divided.")
+    backbone = cfg.model.get("backbone") or {}
+    if not isinstance(backbone, dict):
+        raise ValueError(f"model.backbone is {backbone!r}: expected a dict.")
     if cls := _class_of(backbone):
         check_object("model.backbone", backbone, cls)
     if training:
@@ -217,7 +221,7 @@ def _norm_of_one_place(model: nn.Module) -> str | None:
 
 
 def _check_dilations(cfg: Config) -> list[str]:
-    backbone = cfg.model.get("backbone", {})
+    backbone = cfg.model.get("backbone") or {}
     task = TASK_OF_SCOPE.get(cfg.get("default_scope", ""))
     cls = _class_of(backbone)
     if task is None or cls is None:

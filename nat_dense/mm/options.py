@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mmengine.config import Config, ConfigDict, DictAction
 
-from nat_dense.checkpoints.writing import check_folder, make_empty_folder
+from nat_dense.checkpoints.writing import make_empty_folder
 from nat_dense.mm.config import evaluators
 from nat_dense.mm.pipelines import datasets_of, is_wrapper
 
@@ -114,7 +114,7 @@ def set_out(cfg: Config, out: str) -> None:
     elif Path(out).exists():
         raise FileExistsError(f"--out {out}: there is such a file, which is not overwritten; name another.")
     else:
-        check_folder(Path(out))
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
         written.append(dict(type="DumpDetResults", out_file_path=out))
     cfg.test_evaluator = written
 

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-from mmengine.registry import TRANSFORMS
+from mmengine.registry import DATASETS, TRANSFORMS
 
 from nat_dense.mm.errors import describe
 from nat_dense.mm.fields import check_node
@@ -46,13 +46,14 @@ def is_wrapper(dataset: dict) -> bool:
     return "dataset" in dataset or "datasets" in dataset
 
 
-def check_pipelines(dataset: Any, name: str) -> None:
-    """Checks the pipelines of a dataset, and of those inside of it; arguments as for `datasets_of`.
+def check_datasets(dataset: Any, name: str) -> None:
+    """Checks the fields and pipelines of a dataset, and of those inside of it; arguments as for `datasets_of`.
 
     Raises:
-        ValueError: as `check_transforms`.
+        ValueError: there is no such dataset, it has no such field, or as `check_transforms`.
     """
     for place, config in datasets_of(dataset, name):
+        check_node(place, config, DATASETS)
         if isinstance(config.get("pipeline"), dict):
             raise ValueError(f"{place}.pipeline is one transform, {config['pipeline']!r}: expected a list of them.")
         if config.get("pipeline") is not None:

@@ -14,7 +14,7 @@ from mmengine.visualization import Visualizer
 from nat_dense.checkpoints import fetch, read
 from nat_dense.checkpoints.download import check_source
 from nat_dense.mm.checkpoints import DropEmbeddedConfig, check_fits, check_work_dir, refuse_pickled_code
-from nat_dense.mm.config import LOADERS
+from nat_dense.mm.config import LOADERS, check_keys
 from nat_dense.mm.data_checks import check_data, read_choices
 from nat_dense.mm.first_validation import TryValidation
 from nat_dense.mm.machine import fit_to_machine, keep_freed_memory
@@ -53,7 +53,7 @@ def build_runner(
     training = mode == "train"
     if cfg.get("load_from"):
         check_source(cfg.load_from)  # it is read after the data, which takes longer to check
-    notices = fit_to_machine(cfg, training=training)
+    notices = check_keys(cfg) + fit_to_machine(cfg, training=training)
     if training and get_device() == "cpu":
         keep_freed_memory()
     model, warnings = check_model(cfg, training=training)

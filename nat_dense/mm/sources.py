@@ -41,6 +41,11 @@ class Source:
         """The names of the classes; empty where only the annotations know them."""
         given = (self.cfg.get("metainfo") or {}).get("classes")
         if isinstance(given, str):  # MMEngine also takes a file with a class a line.
+            if not Path(given).is_file():
+                raise ValueError(
+                    f"{self.name}.metainfo.classes is the text {given!r}: expected several names, or one and a comma, "
+                    f"({given!r},), or a file that lists them."
+                )
             given = Path(given).read_text(encoding="utf-8").splitlines()
         return tuple(given or self.cls.METAINFO.get("classes") or ())
 

@@ -6,16 +6,18 @@ at the first checkpoint, when all that was trained until then is lost, and one o
 
 import logging
 from collections.abc import Iterator
+from difflib import get_close_matches
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook, LoggerHook
-from mmengine.optim import build_optim_wrapper
+from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import HOOKS, LOOPS, OPTIM_WRAPPERS, OPTIMIZERS, PARAM_SCHEDULERS
+from mmengine.runner import IterBasedTrainLoop
 from torch import Tensor, nn
 
 from nat_dense.mm.errors import at_least, describe
-from nat_dense.mm.fields import check_fields, check_node
+from nat_dense.mm.fields import check_fields, check_node, class_of
 
 CONSTRUCTORS = ("DefaultOptimWrapperConstructor", "GroupedOptimWrapperConstructor")
 PARAMWISE = (
@@ -30,6 +32,9 @@ PARAMWISE = (
 )
 """What those constructors look for in `paramwise_cfg`; others have more."""
 
+
+RULES = ("lr_mult", "decay_mult")
+"""What those constructors multiply by a rule of `custom_keys`; other fields are the optimizer's."""
 
 DECAYS = {"decay_mult", "bias_decay_mult", "norm_decay_mult", "dwconv_decay_mult"}
 """Rules for which those constructors ask for a weight decay."""
@@ -67,8 +72,10 @@ def check_training(cfg: Config, model: nn.Module) -> None:
             check_node(name, {"type": _default_loop(name, node), **node}, LOOPS, ("by_epoch",))
             for field in COUNTS.keys() & node.keys():
                 _check_count(f"{name}.{field}", node[field], COUNTS[field])
-    for name, node in _typed(cfg.get("param_scheduler"), "param_scheduler"):
+    schedulers = list(_typed(cfg.get("param_scheduler"), "param_scheduler"))
+    for name, node in schedulers:
         check_node(name, node, PARAM_SCHEDULERS, ("convert_to_iter_based",))
+        _check_unit(name, node, cfg.get("train_cfg"))
     for place in ("default_hooks", "custom_hooks"):
         for name, node in _typed(cfg.get(place), place):
             cls = check_node(name, node, HOOKS, ("priority",))
@@ -76,7 +83,9 @@ def check_training(cfg: Config, model: nn.Module) -> None:
                 _check_count(f"{name}.interval", node["interval"], 1, never=-1)
     wrapper = cfg.get("optim_wrapper")
     if isinstance(wrapper, dict) and isinstance(wrapper.get("optimizer"), dict) and "strategy" not in cfg:
-        _check_optimizer(wrapper, model)
+        built = _check_optimizer(wrapper, model)
+        for name, node in schedulers:
+            _check_schedule(name, node, built)
 
 
 def _check_count(name: str, value: Any, least: int, never: int | None = None) -> None:
@@ -103,7 +112,33 @@ def _typed(node: Any, name: str) -> Iterator[tuple[str, dict]]:
             yield from _typed(child, f"{name}.{key}")
 
 
-def _check_optimizer(wrapper: dict, model: nn.Module) -> None:
+def _check_unit(name: str, node: dict, loop: Any) -> None:
+    """A schedule by epochs never acts in a loop that counts iterations."""
+    by_epoch = node.get("by_epoch", True) and not node.get("convert_to_iter_based")
+    if not by_epoch or not isinstance(loop, dict):
+        return
+    if class_of({"type": _default_loop("train_cfg", loop), **loop}, LOOPS) is IterBasedTrainLoop:
+        raise ValueError(
+            f"{name} counts epochs (by_epoch=True, which is the default), and train_cfg iterations: it would never "
+            "act. Set by_epoch=False."
+        )
+
+
+def _check_schedule(name: str, node: dict, wrapper: OptimWrapper) -> None:
+    """Builds a schedule and takes two of its steps, from its beginning on."""
+    fields = {field: value for field, value in node.items() if field != "convert_to_iter_based"}
+    try:
+        scheduler = PARAM_SCHEDULERS.build(dict(fields), default_args=dict(optimizer=wrapper))
+        if begin := fields.get("begin"):
+            later = dict(end=fields["end"] - begin) if "end" in fields else {}
+            scheduler = PARAM_SCHEDULERS.build(fields | later | dict(begin=0), default_args=dict(optimizer=wrapper))
+        scheduler.step()
+        scheduler.step()
+    except Exception as error:  # constructors raise what they like
+        raise ValueError(f"{name}: {describe(error)}") from error
+
+
+def _check_optimizer(wrapper: dict, model: nn.Module) -> OptimWrapper:
     own = {"type": "OptimWrapper", **wrapper}
     check_node("optim_wrapper", own, OPTIM_WRAPPERS, ("constructor", "paramwise_cfg"))
     check_node("optim_wrapper.optimizer", wrapper["optimizer"], OPTIMIZERS)
@@ -114,7 +149,7 @@ def _check_optimizer(wrapper: dict, model: nn.Module) -> None:
     _check_paramwise(wrapper)
     try:
         with at_least(logging.ERROR):  # the constructor tells of every parameter
-            build_optim_wrapper(model, Config({"wrapper": wrapper}).wrapper)
+            return build_optim_wrapper(model, Config({"wrapper": wrapper}).wrapper)
     except Exception as error:
         raise ValueError(f"optim_wrapper: {describe(error)}") from error
 
@@ -129,6 +164,10 @@ def _check_paramwise(wrapper: dict) -> None:
     rules = paramwise.get("custom_keys") or {}
     if not isinstance(rules, dict) or not all(isinstance(rule, dict) for rule in rules.values()):
         raise ValueError(f"{name}.custom_keys is {rules!r}: expected a dict such as dict(head=dict(lr_mult=10.0)).")
+    for key, rule in rules.items():
+        for field in rule:
+            if field not in RULES and (close := get_close_matches(field, RULES, n=1, cutoff=0.8)):
+                raise ValueError(f"{name}.custom_keys[{key!r}] has no field {field!r}. Did you mean {close[0]!r}?")
     decays = any(DECAYS.intersection(group) for group in (paramwise, *rules.values()))
     if decays and wrapper["optimizer"].get("weight_decay") is None:
         raise ValueError(

@@ -174,6 +174,19 @@ def test_another_configs_checkpoints_are_not_resumed(tmp_path, model):
     assert check_work_dir(config(tmp_path, resume=True, load_from=last), model) == []
 
 
+def test_folders_that_can_not_be_made(tmp_path, model):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=r"work_dir=.*file/below': '.*file' is a file; name a folder\."):
+        check_work_dir(config(tmp_path / "file" / "below"), model)
+    cfg = config(tmp_path / "new" / "below")
+    cfg.default_hooks = dict(checkpoint=dict(out_dir=str(tmp_path / "file")))
+    with pytest.raises(NotADirectoryError, match=r"default_hooks\.checkpoint\.out_dir="):
+        check_work_dir(cfg, model)
+    cfg.default_hooks.checkpoint.out_dir = str(tmp_path / "other" / "below")
+    assert check_work_dir(cfg, model) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_another_models_checkpoints_are_not_resumed(tmp_path, model):
     last = save(tmp_path / "epoch_1.pth", nn.Linear(2, 4))
     (tmp_path / "last_checkpoint").write_text(last)

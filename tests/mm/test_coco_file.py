@@ -1,5 +1,7 @@
 """Bad COCO files are refused before training starts, and boxes that are left out are told of."""
 
+import json
+
 import pytest
 from mmengine.registry import DATASETS
 
@@ -66,6 +68,60 @@ def test_annotation_file_that_is_not_json(coco):
 def test_annotation_file_that_lacks_something(coco, change, expected):
     cfg, root = coco
     edit_annotations(root, change)
+    assert expected in message(ValueError, cfg)
+
+
+def test_crowds_alone(coco):
+    cfg, root = coco
+    edit_annotations(root, lambda c: [annotation.update(iscrowd=1) for annotation in c["annotations"]])
+    assert "all 4 annotations are of crowds (iscrowd=1), which MMDetection learns nothing from" in message(
+        ValueError, cfg
+    )
+    edit_annotations(root, lambda c: c["annotations"][0].update(iscrowd=0))
+    assert check_data(cfg, TRAIN) == []
+
+
+def test_boxes_of_two_corners(coco):
+    cfg, root = coco
+    edit_annotations(root, lambda c: [annotation.update(bbox=[40, 8, 64, 40]) for annotation in c["annotations"][1:]])
+    (note,) = check_data(cfg, TRAIN)
+    assert "3 of 4 boxes reach beyond their image, such as [40, 8, 64, 40] (id 2) on 96x64 pixels: are they [x" in note
+
+
+def test_outlines_without_area(coco):
+    cfg, root = coco
+    edit_annotations(root, lambda c: c["annotations"][1].update(segmentation=[[1, 2], [1, 2, 3, 4]]))
+    (note,) = check_data(cfg, TRAIN)
+    assert "1 of 4 objects are left out, since they have no outline of three points or more, such as [[1, 2]," in note
+    edit_annotations(root, lambda c: [annotation.update(segmentation=[[1, 2]]) for annotation in c["annotations"]])
+    assert "all 4 objects have no outline of three points" in message(ValueError, cfg)
+    assert not DATASETS.build(cfg.train_dataloader.dataset)[0]["data_samples"].gt_instances.bboxes.numel()
+    cfg.train_dataloader.dataset.pipeline[1].with_mask = False
+    cfg.model.roi_head.mask_head = None
+    assert check_data(cfg, TRAIN) == []
+
+
+def test_an_object_without_outline(coco):
+    cfg, root = coco
+    edit_annotations(root, lambda c: c["annotations"][1].update(segmentation=[]))
+    assert "the annotation of id 2 has an empty segmentation, on which MMDetection fails" in message(ValueError, cfg)
+    with pytest.raises(KeyError, match="mask"):
+        DATASETS.build(cfg.train_dataloader.dataset)[1]
+
+
+def test_nothing_to_compare_with(coco):
+    cfg, root = coco
+    file = root / "annotations" / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | dict(annotations=[])))
+    (note,) = check_data(cfg, TRAIN)
+    assert "instances_val2017.json' has no annotations: there is nothing to compare with" in note
+
+
+def test_a_class_without_its_comma(coco):
+    cfg, _ = coco
+    cfg.train_dataloader.dataset.metainfo = dict(classes=("date"))
+    expected = "train_dataloader.dataset.metainfo.classes is the text 'date': expected several names, or one and a"
     assert expected in message(ValueError, cfg)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nat_dense.mm.config import load_config, merge_options
+from nat_dense.mm.config import check_keys, load_config, merge_options
 from tests.mm.small import DETECTOR, REPOSITORY, SEGMENTOR
 
 PSPNET = "mmseg::pspnet/pspnet_r101-d8_4xb2-40k_cityscapes-512x1024.py"
@@ -132,6 +132,44 @@ def test_keys_that_mmengine_reads_and_those_of_other_code_can_be_set(tmp_path):
     assert (cfg.find_unused_parameters, cfg.compile, cfg.mine.number) == (True, False, 5)
     note = "--cfg-options mine.number: MMEngine reads no 'mine'; it is there for code of your own."
     assert merge_options(cfg, {"mine.number": 6, "sync_bn": "torch"}) == [note]
+
+
+def test_keys_of_older_releases_and_those_that_look_like_others(tmp_path):
+    (tmp_path / "c.py").write_text(
+        "optimizer = dict(type='SGD')\nlaod_from = 'x'\nlr_config = dict(step=8)\nproject = 'mine'\n"
+        "img_scale = (9, 9)\ntest_pipeline = [dict(type='Resize')]\n"
+        "val_dataloader = dict(dataset=dict(pipeline=test_pipeline, img_scale=img_scale))\n"
+    )
+    assert check_keys(load_config(str(tmp_path / "c.py"))) == [
+        "'optimizer' is a key of older releases, which nothing reads any more; set optim_wrapper.optimizer.",
+        "the config's 'laod_from' is read by nothing: is 'load_from' meant?",
+        "'lr_config' is a key of older releases, which nothing reads any more; set param_scheduler.",
+    ]
+    for config in (DETECTOR, SEGMENTOR, PSPNET):
+        assert check_keys(load_config(config)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a = b", "c.py' can't be read: NameError: name 'b' is not defined"),
+        ("custom_imports = dict(imports=['nosuch'])", "c.py' can't be read: ImportError: Failed to import custom modules from {'imports'"),
+        ("custom_imports = 'nosuch'", "c.py' can't be read: TypeError"),
+    ],
+)
+def test_files_that_fail_when_they_are_run(tmp_path, text, expected):
+    (tmp_path / "c.py").write_text(text + "\n")
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        load_config(str(tmp_path / "c.py"))
+
+
+def test_parts_that_are_no_dicts():
+    cfg = load_config(DETECTOR)
+    cfg.default_hooks = []
+    assert check_keys(cfg) == []
+    cfg.default_hooks = [dict(type="EMAHook")]
+    with pytest.raises(ValueError, match=r"default_hooks is \[.*\]: expected a dict\."):
+        check_keys(cfg)
 
 
 def test_values_that_are_equal_by_accident(tmp_path):

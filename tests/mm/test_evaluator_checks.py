@@ -43,6 +43,7 @@ def test_an_evaluator_of_other_images(coco):
     [
         (dict(metricc="bbox"), "val_evaluator: CocoMetric has no field 'metricc'. Did you mean 'metric'?"),
         (dict(type="CocoMetrics"), "val_evaluator: there is no metric 'CocoMetrics'. Did you mean 'CocoMetric'?"),
+        (dict(format_only=True), "val_evaluator.format_only: set val_evaluator.outfile_prefix too"),
         (dict(metric=["bbox", "sgm"]), "val_evaluator.metric: there is no metric 'sgm'. Did you mean 'segm'?"),
     ],
 )

@@ -45,6 +45,26 @@ def test_pipelines_with_nothing_to_check(coco, pipeline):
     check_data(cfg, TRAIN)
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (dict(time=2), "train_dataloader.dataset: RepeatDataset has no field 'time'. Did you mean 'times'?"),
+        (dict(times="2"), "train_dataloader.dataset.times is '2': expected int, without quotes."),
+        (dict(type="RepeatDatset"), "train_dataloader.dataset: there is no dataset 'RepeatDatset'. Did you mean"),
+    ],
+)
+def test_misspelt_wrappers(coco, change, expected):
+    cfg, _ = coco
+    cfg.train_dataloader.dataset = dict(type="RepeatDataset", times=2, dataset=cfg.train_dataloader.dataset) | change
+    assert expected in message(ValueError, cfg)
+
+
+def test_a_misspelt_field_of_a_dataset(coco):
+    cfg, _ = coco
+    cfg.train_dataloader.dataset.serialise_data = True
+    assert "CocoDataset has no field 'serialise_data'. Did you mean 'serialize_data'?" in message(ValueError, cfg)
+
+
 def test_one_transform_where_a_list_of_them_belongs(coco):
     cfg, _ = coco
     cfg.train_dataloader.dataset.pipeline = dict(type="Resize", scale=(9, 9))

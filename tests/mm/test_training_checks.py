@@ -14,7 +14,7 @@ from torch import nn
 
 from nat_dense.mm.config import load_config
 from nat_dense.mm.fields import fields_of
-from nat_dense.mm.pipelines import check_pipelines
+from nat_dense.mm.pipelines import check_datasets
 from nat_dense.mm.training_checks import check_training
 from tests.mm.small import DETECTOR, SEGMENTOR, load_tool, parse_options
 
@@ -48,11 +48,18 @@ def test_a_config_passes_in_silence(config, capsys):
         ("default_hooks.logger.type=LogerHook", "default_hooks.logger: there is no hook 'LogerHook'. Did you mean"),
         ("optim_wrapper.clip_grd=3", "optim_wrapper: OptimWrapper has no field 'clip_grd'. Did you mean 'clip_grad'?"),
         ("optim_wrapper.optimizer.lrr=1", "optim_wrapper.optimizer: AdamW has no field 'lrr'. Did you mean 'lr'?"),
+        ("param_scheduler.0.end=abc", "param_scheduler.0.end is 'abc': expected int, without quotes."),
+        ("param_scheduler.0.start_factor=0", "param_scheduler.0: ZeroDivisionError"),
+        ("param_scheduler.0.begin=1500", "param_scheduler.0: end should be larger than begin"),
+        ("param_scheduler.1.power=two", "param_scheduler.1.power is 'two': expected float, without quotes."),
+        ("param_scheduler.1.by_epoch=True", "param_scheduler.1 counts epochs (by_epoch=True, which is the default),"),
+        ("default_hooks.checkpoint.max_keep_ckpts=many", "max_keep_ckpts is 'many': expected int, without quotes."),
+        ("optim_wrapper.paramwise_cfg.custom_keys.rpb.lr_mul=0", "custom_keys['rpb'] has no field 'lr_mul'. Did you"),
         ("log_level=INFOO", "log_level is 'INFOO': expected a level of Python's logging, such as"),
         ("randomness.seed=abc", "randomness.seed is 'abc': expected a whole number, or None"),
         ("env_cfg.cudnn_bench=True", "env_cfg: Runner has no field 'cudnn_bench'. Did you mean 'cudnn_benchmark'?"),
         ("train_cfg.max_iters=0", "train_cfg.max_iters is 0: expected a whole number, 1 or more."),
-        ("train_cfg.max_iters=abc", "train_cfg.max_iters is 'abc': expected a whole number, 1 or more."),
+        ("train_cfg.max_iters=abc", "train_cfg.max_iters is 'abc': expected int, without quotes."),
         ("train_cfg.max_iters=1.5", "train_cfg.max_iters is 1.5: expected a whole number"),
         ("train_cfg.val_interval=0", "train_cfg.val_interval is 0: expected"),
         ("train_cfg.val_begin=-1", "train_cfg.val_begin is -1: expected a whole number, 0 or more."),
@@ -70,6 +77,25 @@ def test_a_config_passes_in_silence(config, capsys):
 def test_what_is_misspelt_is_named(option, expected):
     with pytest.raises(ValueError, match=r".") as raised:
         check_training(load(SEGMENTOR, option), nn.Linear(16, 16))
+    assert expected in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        (dict(type="StepLR", step_size=0, by_epoch=False, begin=10**9, end=2 * 10**9), "ZeroDivisionError"),
+        (dict(type="StepLR", step_size=4, gamma="0.1", by_epoch=False), "gamma is '0.1': expected float"),
+        (dict(type="MultiStepLR", milestones=["8"], by_epoch=False), "milestones is ['8']: expected List[int]"),
+        (dict(type="MultiStepLR", milestones=3, by_epoch=False), "'int' object is not iterable"),
+        (dict(type="MultiStepLR", milestones=[3]), "counts epochs"),
+        (dict(type="MultiStepLR", milestones=[3], by_epoch="False"), "by_epoch is 'False': expected bool"),
+    ],
+)
+def test_schedules_that_would_fail_or_never_act(scheduler, expected):
+    cfg = load(SEGMENTOR)
+    cfg.param_scheduler = scheduler
+    with pytest.raises(ValueError, match=r"param_scheduler") as raised:
+        check_training(cfg, nn.Linear(16, 16))
     assert expected in str(raised.value)
 
 
@@ -103,7 +129,7 @@ def test_loops_without_a_type_are_the_runners():
     cfg.train_cfg = by_epoch | dict(max_iters=3)
     with pytest.raises(ValueError, match="EpochBasedTrainLoop has no field 'max_iters'"):
         check_training(cfg, nn.Linear(16, 16))
-    cfg.train_cfg = dict(by_epoch=False, max_iters=3)
+    cfg.train_cfg, cfg.param_scheduler = dict(by_epoch=False, max_iters=3), None
     check_training(cfg, nn.Linear(16, 16))
 
 
@@ -160,6 +186,6 @@ def test_configs_of_the_libraries_pass(library, monkeypatch):
             init_default_scope(cfg.get("default_scope", "mmengine"))
             check_training(cfg, nn.Linear(16, 16))
             for loader in ("train_dataloader", "val_dataloader"):
-                check_pipelines((cfg.get(loader) or {}).get("dataset"), f"{loader}.dataset")
+                check_datasets((cfg.get(loader) or {}).get("dataset"), f"{loader}.dataset")
             checked += 1
     assert checked > 300
