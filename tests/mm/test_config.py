@@ -153,7 +153,7 @@ def test_keys_of_older_releases_and_those_that_look_like_others(tmp_path):
     ("text", "expected"),
     [
         ("a = b", "c.py' can't be read: NameError: name 'b' is not defined"),
-        ("custom_imports = dict(imports=['nosuch'])", "c.py' can't be read: ImportError: Failed to import custom modules from {'imports'"),
+        ("custom_imports = dict(imports=['nosuch'])", "c.py' can't be read: ImportError: Failed to import custom"),
         ("custom_imports = 'nosuch'", "c.py' can't be read: TypeError"),
     ],
 )
