@@ -166,6 +166,7 @@ def _reaches_beyond(box: list[float], width: float, height: float) -> bool:
     """By more than a pixel, which rounding may add."""
     return box[0] + box[2] > width + 1 or box[1] + box[3] > height + 1
 
+
 def _is_trained_with(annotation: dict[str, Any], width: float, height: float) -> bool:
     x, y, box_width, box_height = annotation["bbox"]
     is_inside = min(x + box_width, width) > max(x, 0) and min(y + box_height, height) > max(y, 0)
