@@ -129,11 +129,14 @@ def _annotations(cls: Any) -> dict[str, Any]:
     """What a class says of the kinds of its fields; of a field that its base class has too, its own word counts."""
     found: dict[str, Any] = {}
     for base in reversed(cls.__mro__[:-1]) if inspect.isclass(cls) else ():
-        constructor = vars(base).get("__init__")
+        if "__init__" not in vars(base):
+            continue
+        constructor = vars(base)["__init__"]
+        found = {field: kind for field, kind in found.items() if field not in _parameters(constructor)[0]}
         try:
-            found |= get_type_hints(constructor) if constructor else {}
+            found |= get_type_hints(constructor)
         except (NameError, TypeError, AttributeError):  # names that are known to type checkers alone
-            found = {field: kind for field, kind in found.items() if field not in _parameters(constructor)[0]}
+            continue
     return found
 
 
