@@ -197,7 +197,8 @@ def test_configs_of_the_libraries_pass(library, monkeypatch):
         try:
             cfg = load_config(str(path))
         except ValueError as error:  # mmpretrain, which we don't install; a base that isn't there
-            assert isinstance(error.__cause__, (ImportError, FileNotFoundError))
+            if not isinstance(error.__cause__, (ImportError, FileNotFoundError)):
+                raise
             continue
         if "train_cfg" in cfg:
             init_default_scope(cfg.get("default_scope", "mmengine"))
