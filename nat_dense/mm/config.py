@@ -1,6 +1,7 @@
 """Reading configs: files, and those that MMDetection and MMSegmentation ship (`mmdet::...`, `mmseg::...`)."""
 
 import inspect
+import re
 from collections.abc import Iterator
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -168,7 +169,9 @@ def check_keys(cfg: Config) -> list[str]:
     rest = {name: value for name, value in cfg.items() if name in read}
     notes = []
     for key, value in cfg.items():
-        if key in read or list(_places_of(value, key, rest)):
+        # What was made of it may be gone, where another config changed it.
+        is_used = re.search(rf"[=(\[,+]\s*{re.escape(key)}\b(?!\s*=)", cfg.text or "")
+        if key in read or is_used or list(_places_of(value, key, rest)):
             continue
         if key in OLD_KEYS and value is not None:
             notes.append(f"{key!r} is a key of older releases, which nothing reads any more; set {OLD_KEYS[key]}.")

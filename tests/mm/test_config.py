@@ -146,7 +146,10 @@ def test_keys_of_older_releases_and_those_that_look_like_others(tmp_path):
         "'lr_config' is a key of older releases, which nothing reads any more; set param_scheduler.",
     ]
     for config in (DETECTOR, SEGMENTOR, PSPNET):
-        assert check_keys(load_config(config)) == []
+        cfg = load_config(config)
+        assert check_keys(cfg) == []
+        cfg.optim_wrapper.optimizer = dict(type="AdamW", lr=1.0)
+        assert check_keys(cfg) == []
 
 
 @pytest.mark.parametrize(
