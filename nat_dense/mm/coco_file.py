@@ -94,6 +94,12 @@ def _ids(content: dict[str, Any], key: str, where: str) -> set[Any]:
     return set(first)
 
 
+def of_classes(content: dict[str, Any], classes: Sequence[str]) -> dict[str, Any]:
+    """The content with the annotations of these classes alone, as MMDetection reads it; all where none is named."""
+    ids = {category["id"] for category in content["categories"] if not classes or category["name"] in classes}
+    return content | dict(annotations=[a for a in content["annotations"] if a["category_id"] in ids])
+
+
 def check_boxes(content: dict[str, Any], where: str) -> list[str]:
     """Tells of boxes that MMDetection trains without: smaller than a pixel, or outside their image.
 
@@ -138,18 +144,22 @@ def check_outlines(content: dict[str, Any], where: str) -> list[str]:
     """Tells of outlines without area, with which MMDetection leaves out the whole object; arguments as `check_boxes`.
 
     Raises:
-        ValueError: there are no others, or an object has none at all, on which MMDetection fails amid an epoch.
+        ValueError: there are no others, or one is empty or none at all, on which MMDetection fails amid an epoch.
     """
     sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
     counted = [a for a in content["annotations"] if not a.get("ignore")]
     for annotation in counted:
-        if not annotation["segmentation"] and _is_trained_with(annotation, *sizes[annotation["image_id"]]):
+        outline = annotation.get("segmentation")
+        is_readable = isinstance(outline, dict) or (
+            isinstance(outline, list) and outline and all(isinstance(part, list) for part in outline)
+        )
+        if not is_readable and _is_trained_with(annotation, *sizes[annotation["image_id"]]):
             raise ValueError(
-                f"{where}: the annotation of id {annotation['id']!r} has an empty segmentation, on which MMDetection "
-                "fails. Take it out, or give it an outline: [[x1, y1, x2, y2, x3, y3, ...]]."
+                f"{where}: the annotation of id {annotation['id']!r} has the segmentation {str(outline)[:80]}, on "
+                "which MMDetection fails. Take it out, or give it an outline: [[x1, y1, x2, y2, x3, y3, ...]]."
             )
     outlines = [a for a in counted if isinstance(a.get("segmentation"), list)]
-    empty = [a for a in outlines if not any(_is_outline(part) for part in a["segmentation"])]
+    empty = [a for a in outlines if a["segmentation"] and not any(_is_outline(part) for part in a["segmentation"])]
     if not empty:
         return []
     found = f"no outline of three points or more, such as {str(empty[0]['segmentation'])[:80]} (id {empty[0]['id']!r})"

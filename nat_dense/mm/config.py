@@ -1,5 +1,6 @@
 """Reading configs: files, and those that MMDetection and MMSegmentation ship (`mmdet::...`, `mmseg::...`)."""
 
+import ast
 import inspect
 import re
 from collections.abc import Iterator
@@ -167,17 +168,30 @@ def check_keys(cfg: Config) -> list[str]:
             raise ValueError(f"{name} is {cfg[name]!r}: expected a dict.")
     read = _read_keys()
     rest = {name: value for name, value in cfg.items() if name in read}
+    used = _names_used(cfg.text or "")
     notes = []
     for key, value in cfg.items():
-        # What was made of it may be gone, where another config changed it.
-        is_used = re.search(rf"[=(\[,+]\s*{re.escape(key)}\b(?!\s*=)", cfg.text or "")
-        if key in read or is_used or list(_places_of(value, key, rest)):
+        # What was made of a variable may be gone, where another config changed it.
+        if key in read or key in used or list(_places_of(value, key, rest)):
             continue
         if key in OLD_KEYS and value is not None:
             notes.append(f"{key!r} is a key of older releases, which nothing reads any more; set {OLD_KEYS[key]}.")
         elif close := get_close_matches(key, read, n=1, cutoff=NEARLY):
             notes.append(f"the config's {key!r} is read by nothing: is {close[0]!r} meant?")
     return notes
+
+
+def _names_used(text: str) -> set[str]:
+    """The variables that the text of a config and its bases reads; MMEngine puts a line with its name before each."""
+    names: set[str] = set()
+    for part in re.split(r"^\S*\.\w+\n", text, flags=re.MULTILINE):
+        try:
+            nodes = ast.walk(ast.parse(part))
+        except SyntaxError:  # YAML or JSON, or a placeholder such as {{_base_.name}}
+            names.update(re.findall(r"[=(\[,+*{:]\s*(?:_base_\.)?(\w+)\b(?!\s*=)", part))
+            continue
+        names.update(node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load))
+    return names
 
 
 def _read_keys() -> set[str]:

@@ -17,7 +17,7 @@ from mmengine.config import Config
 from mmengine.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
 from torch.utils.data import DataLoader
 
-from nat_dense.mm.coco_file import check_boxes, check_categories, check_coco_file, check_outlines
+from nat_dense.mm.coco_file import check_boxes, check_categories, check_coco_file, check_outlines, of_classes
 from nat_dense.mm.config import evaluators
 from nat_dense.mm.evaluator_checks import check_evaluators, is_scored
 from nat_dense.mm.fields import check_fields, check_node, known_class
@@ -210,9 +210,10 @@ def _find_pictures(source: Source, checks: dict[str, str], annotated: bool) -> t
                 "images without any: none is left."
             )
         where = f"{source.name}.ann_file: {str(file)!r}"
-        notices = check_boxes(content, where) if trains else []
+        known = of_classes(content, source.classes)
+        notices = check_boxes(known, where) if trains else []
         if trains and masks:
-            notices += check_outlines(content, where)
+            notices += check_outlines(known, where)
         if annotated and not trains and not content["annotations"]:
             notices.append(f"{where} has no annotations: there is nothing to compare with, and mAP will be -1.")
         pictures = [Picture(folder / i["file_name"], (i["width"], i["height"])) for i in content["images"]]

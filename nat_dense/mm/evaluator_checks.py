@@ -118,7 +118,7 @@ def _check_metrics(name: str, evaluator: dict) -> list[str] | None:
             raise ValueError(
                 f"{name}.{metric.field}: there is no metric {choice!r}.{hint} There are: {', '.join(metric.scores)}."
             )
-    if metric is COCO and evaluator.get("format_only") and not evaluator.get("outfile_prefix"):
+    if metric is COCO and evaluator.get("format_only") and evaluator.get("outfile_prefix") is None:
         raise ValueError(f"{name}.format_only: set {name}.outfile_prefix too, which says where results are written.")
     groups = [metric.scores[choice] for choice in chosen]
     if None in groups or any(evaluator.get(field) for field in metric.more):

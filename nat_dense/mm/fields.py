@@ -1,6 +1,7 @@
 """The fields of a config's objects: which there are, and which of a config's are none of them."""
 
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -112,10 +113,21 @@ def fields_of(cls: Any) -> list[str] | None:
         names += found
         if not is_open:
             return names
+        if _takes_from_the_rest(constructor):
+            return None
     for owner, function in PASSED_ON.items():
         if issubclass(cls, owner):
             return names + _parameters(function)[0]
     return None if constructors else names
+
+
+def _takes_from_the_rest(constructor: Callable) -> bool:
+    """Whether a constructor reads single ones of the fields that it doesn't name, beside handing all of them on."""
+    rest = next(p.name for p in inspect.signature(constructor).parameters.values() if p.kind is p.VAR_KEYWORD)
+    try:
+        return re.search(rf"\b{rest}\s*(\.(pop|get)\b|\[)", inspect.getsource(constructor)) is not None
+    except (OSError, TypeError):  # without source
+        return True
 
 
 def _parameters(function: Callable) -> tuple[list[str], bool]:
@@ -132,10 +144,11 @@ def _annotations(cls: Any) -> dict[str, Any]:
         if "__init__" not in vars(base):
             continue
         constructor = vars(base)["__init__"]
-        found = {field: kind for field, kind in found.items() if field not in _parameters(constructor)[0]}
         try:
+            own = _parameters(constructor)[0]
+            found = {field: kind for field, kind in found.items() if field not in own}
             found |= get_type_hints(constructor)
-        except (NameError, TypeError, AttributeError):  # names that are known to type checkers alone
+        except Exception:  # annotations may be any text, and name what type checkers alone know
             continue
     return found
 

@@ -48,11 +48,10 @@ def check_model(cfg: Config, *, training: bool = True) -> tuple[nn.Module, list[
     """
     if not cfg.get("model"):
         raise ValueError(f"{cfg.filename or 'the config'} has no model: is it a config to train or test with?")
-    if 0 in ((cfg.model.get("data_preprocessor") or {}).get("std") or ()):
+    std = (cfg.model.get("data_preprocessor") or {}).get("std")
+    if isinstance(std, (list, tuple)) and 0 in std:
         raise ValueError("model.data_preprocessor.std has a 0, by which images would be divided.")
     backbone = cfg.model.get("backbone") or {}
-    if not isinstance(backbone, dict):
-        raise ValueError(f"model.backbone is {backbone!r}: expected a dict.")
     if cls := _class_of(backbone):
         check_object("model.backbone", backbone, cls)
     if training:
@@ -238,5 +237,5 @@ def _check_dilations(cfg: Config) -> list[str]:
 
 def _class_of(backbone: dict) -> type[NeighborhoodBackbone] | None:
     """The class behind `type`, if it is one of ours."""
-    cls = class_of(backbone, MODELS)
+    cls = class_of(backbone, MODELS) if isinstance(backbone, dict) else None  # models of others may take a name
     return cls if inspect.isclass(cls) and issubclass(cls, NeighborhoodBackbone) else None

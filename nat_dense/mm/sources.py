@@ -41,7 +41,7 @@ class Source:
         """The names of the classes; empty where only the annotations know them."""
         given = (self.cfg.get("metainfo") or {}).get("classes")
         if isinstance(given, str):  # MMEngine also takes a file with a class a line.
-            if not Path(given).is_file():
+            if not _is_file(given):
                 raise ValueError(
                     f"{self.name}.metainfo.classes is the text {given!r}: expected several names, or one and a comma, "
                     f"({given!r},), or a file that lists them."
@@ -65,6 +65,13 @@ class Source:
     def transform(self, name: str) -> dict:
         """The first of them, or an empty one."""
         return next(iter(self.transforms(name)), {})
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except OSError:  # a name that is too long
+        return False
 
 
 def sources_of(dataset: Any, name: str) -> Iterator[Source]:

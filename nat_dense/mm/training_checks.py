@@ -5,6 +5,7 @@ at the first checkpoint, when all that was trained until then is lost, and one o
 """
 
 import logging
+import warnings
 from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any
@@ -42,6 +43,9 @@ DECAYS = {"decay_mult", "bias_decay_mult", "norm_decay_mult", "dwconv_decay_mult
 COUNTS = {"max_epochs": 1, "max_iters": 1, "val_interval": 1, "val_begin": 0}
 """Fields of loops that count, and the least that they may be: with less MMEngine trains nothing, or fails later."""
 
+SOME_BATCHES = 100
+"""Iterations an epoch for schedules that are converted to them; how many there will be is not known before."""
+
 NUMBERS = ("lr", "weight_decay", "momentum")
 """Fields of optimizers that are one number."""
 
@@ -75,7 +79,6 @@ def check_training(cfg: Config, model: nn.Module) -> None:
     schedulers = list(_typed(cfg.get("param_scheduler"), "param_scheduler"))
     for name, node in schedulers:
         check_node(name, node, PARAM_SCHEDULERS, ("convert_to_iter_based",))
-        _check_unit(name, node, cfg.get("train_cfg"))
     for place in ("default_hooks", "custom_hooks"):
         for name, node in _typed(cfg.get(place), place):
             cls = check_node(name, node, HOOKS, ("priority",))
@@ -85,7 +88,7 @@ def check_training(cfg: Config, model: nn.Module) -> None:
     if isinstance(wrapper, dict) and isinstance(wrapper.get("optimizer"), dict) and "strategy" not in cfg:
         built = _check_optimizer(wrapper, model)
         for name, node in schedulers:
-            _check_schedule(name, node, built)
+            _check_schedule(name, node, built, cfg.get("train_cfg"))
 
 
 def _check_count(name: str, value: Any, least: int, never: int | None = None) -> None:
@@ -112,30 +115,31 @@ def _typed(node: Any, name: str) -> Iterator[tuple[str, dict]]:
             yield from _typed(child, f"{name}.{key}")
 
 
-def _check_unit(name: str, node: dict, loop: Any) -> None:
-    """A schedule by epochs never acts in a loop that counts iterations."""
-    by_epoch = node.get("by_epoch", True) and not node.get("convert_to_iter_based")
-    if not by_epoch or not isinstance(loop, dict):
+def _check_schedule(name: str, node: dict, wrapper: OptimWrapper, loop: Any) -> None:
+    """Builds a schedule and takes up to two of its steps, from its beginning on."""
+    fields, settings = dict(node), dict(optimizer=wrapper)
+    if fields.get("convert_to_iter_based"):
+        settings["epoch_length"] = SOME_BATCHES
+    try:
+        with at_least(logging.ERROR), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, that no optimizer has stepped
+            scheduler = PARAM_SCHEDULERS.build(dict(fields), default_args=settings)
+            acts_after_validation = getattr(scheduler, "need_val_args", False)
+            if begin := fields.get("begin"):
+                later = dict(end=fields["end"] - begin) if "end" in fields else {}
+                scheduler = PARAM_SCHEDULERS.build(fields | later | dict(begin=0), default_args=settings)
+            steps = [fields[field] - 1 for field in ("total_steps",) if isinstance(fields.get(field), int)]
+            for _ in range(0 if acts_after_validation else min([2, *steps])):
+                scheduler.step()
+    except Exception as error:  # constructors raise what they like
+        raise ValueError(f"{name}: {describe(error)}") from error
+    if not isinstance(loop, dict) or acts_after_validation or not getattr(scheduler, "by_epoch", False):
         return
     if class_of({"type": _default_loop("train_cfg", loop), **loop}, LOOPS) is IterBasedTrainLoop:
         raise ValueError(
-            f"{name} counts epochs (by_epoch=True, which is the default), and train_cfg iterations: it would never "
-            "act. Set by_epoch=False."
+            f"{name} counts epochs (by_epoch=True, which is the default), and train_cfg iterations: it would take no "
+            "step. Set by_epoch=False."
         )
-
-
-def _check_schedule(name: str, node: dict, wrapper: OptimWrapper) -> None:
-    """Builds a schedule and takes two of its steps, from its beginning on."""
-    fields = {field: value for field, value in node.items() if field != "convert_to_iter_based"}
-    try:
-        scheduler = PARAM_SCHEDULERS.build(dict(fields), default_args=dict(optimizer=wrapper))
-        if begin := fields.get("begin"):
-            later = dict(end=fields["end"] - begin) if "end" in fields else {}
-            scheduler = PARAM_SCHEDULERS.build(fields | later | dict(begin=0), default_args=dict(optimizer=wrapper))
-        scheduler.step()
-        scheduler.step()
-    except Exception as error:  # constructors raise what they like
-        raise ValueError(f"{name}: {describe(error)}") from error
 
 
 def _check_optimizer(wrapper: dict, model: nn.Module) -> OptimWrapper:
@@ -166,7 +170,8 @@ def _check_paramwise(wrapper: dict) -> None:
         raise ValueError(f"{name}.custom_keys is {rules!r}: expected a dict such as dict(head=dict(lr_mult=10.0)).")
     for key, rule in rules.items():
         for field in rule:
-            if field not in RULES and (close := get_close_matches(field, RULES, n=1, cutoff=0.8)):
+            # Names that end alike may be another optimizer's own.
+            if not field.endswith("_mult") and (close := get_close_matches(field, RULES, n=1, cutoff=0.8)):
                 raise ValueError(f"{name}.custom_keys[{key!r}] has no field {field!r}. Did you mean {close[0]!r}?")
     decays = any(DECAYS.intersection(group) for group in (paramwise, *rules.values()))
     if decays and wrapper["optimizer"].get("weight_decay") is None:

@@ -104,9 +104,29 @@ def test_outlines_without_area(coco):
 def test_an_object_without_outline(coco):
     cfg, root = coco
     edit_annotations(root, lambda c: c["annotations"][1].update(segmentation=[]))
-    assert "the annotation of id 2 has an empty segmentation, on which MMDetection fails" in message(ValueError, cfg)
+    assert "the annotation of id 2 has the segmentation [], on which MMDetection fails" in message(ValueError, cfg)
     with pytest.raises(KeyError, match="mask"):
         DATASETS.build(cfg.train_dataloader.dataset)[1]
+
+
+@pytest.mark.parametrize("outline", [[0, 0, 5, 0, 5, 5], "abc", None])
+def test_an_outline_that_can_not_be_read(coco, outline):
+    cfg, root = coco
+    edit_annotations(root, lambda c: c["annotations"][1].update(segmentation=outline))
+    assert f"has the segmentation {outline}, on which MMDetection fails" in message(ValueError, cfg)
+    with pytest.raises((KeyError, TypeError)):
+        DATASETS.build(cfg.train_dataloader.dataset)[1]
+
+
+def test_what_is_not_trained_with_may_be_as_it_likes(coco):
+    """Annotations of other classes, whose boxes and outlines are no one's concern."""
+    cfg, root = coco
+    other = dict(id=99, image_id=1, category_id=81, bbox=[90, 60, 90, 60], area=9, iscrowd=0, segmentation=[])
+    edit_annotations(root, lambda c: c["annotations"].extend(dict(other, id=99 + i) for i in range(9)))
+    edit_annotations(root, lambda c: c["categories"].append(dict(id=81, name="hazelnut")))
+    cfg.data_checks = dict(other_classes="ignore")
+    assert check_data(cfg, TRAIN) == []
+    assert len(DATASETS.build(cfg.train_dataloader.dataset)[1]["data_samples"].gt_instances) == 1
 
 
 def test_nothing_to_compare_with(coco):

@@ -145,6 +145,11 @@ def test_keys_of_older_releases_and_those_that_look_like_others(tmp_path):
         "the config's 'laod_from' is read by nothing: is 'load_from' meant?",
         "'lr_config' is a key of older releases, which nothing reads any more; set param_scheduler.",
     ]
+    (tmp_path / "d.py").write_text(
+        "data = dict(r='x')\nrunner = [1]\noptimizer = dict(lr=1)\nn = [i for i in runner]\n"
+        "experiment_name = f'{data}'\noptim_wrapper = dict(optimizer={**optimizer, 'type': 'SGD'})\n"
+    )
+    assert check_keys(load_config(str(tmp_path / "d.py"))) == []
     for config in (DETECTOR, SEGMENTOR, PSPNET):
         cfg = load_config(config)
         assert check_keys(cfg) == []

@@ -101,6 +101,39 @@ def test_schedules_that_would_fail_or_never_act(scheduler, expected):
     assert expected in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        dict(type="ReduceOnPlateauLR", monitor="acc", rule="greater", patience=1),
+        dict(type="OneCycleLR", eta_max=0.1, total_steps=10, pct_start=0.1, convert_to_iter_based=True),
+        dict(type="OneCycleLR", eta_max=0.1, total_steps=1, by_epoch=False),
+        dict(type="CosineAnnealingLR", begin=5, end=9, T_max=4, by_epoch=False),
+        dict(type="MultiStepLR", milestones=[8, 11], convert_to_iter_based=True),
+    ],
+)
+def test_schedules_that_fit(scheduler, recwarn):
+    cfg = load(SEGMENTOR)
+    cfg.param_scheduler = [scheduler]
+    check_training(cfg, nn.Linear(16, 16))
+    assert not [warning for warning in recwarn if "scheduler.step" in str(warning.message)]
+
+
+@HOOKS.register_module()
+class Described(Hook):
+    """Whose annotations are words, and which takes fields that it doesn't name."""
+
+    def __init__(self, lr: "the learning rate" = 0, **kwargs):  # noqa: F722
+        self.extra = kwargs.pop("extra", None)
+        super().__init__(**kwargs)
+
+
+def test_constructors_of_other_kinds():
+    cfg = load(SEGMENTOR)
+    cfg.custom_hooks = [dict(type="Described", lr="high", extra=3)]
+    check_training(cfg, nn.Linear(16, 16))
+    assert fields_of(Described) is None
+
+
 @HOOKS.register_module()
 class InSeconds(Hook):
     """What an interval is, is a hook's own business."""
