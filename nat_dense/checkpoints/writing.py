@@ -50,7 +50,7 @@ def check_folder(path: Path) -> None:
         raise PermissionError(f"the folder {path.parent} may not be written to, so {path.name} can't be")
 
 
-def check_free(path: Path, overwrite: bool = False) -> None:
+def check_free(path: Path, overwrite: bool) -> None:
     """Raises FileExistsError or IsADirectoryError where there is something that may not be replaced."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a file in it")

@@ -12,7 +12,6 @@ REQUIRED = {
 }
 """The lists of an instances file, and the keys that MMDetection reads of each entry without a default."""
 
-
 BEYOND = 0.2
 """From this share of boxes that reach beyond their image on, they may be of another form."""
 
@@ -113,13 +112,15 @@ def check_boxes(content: dict[str, Any], where: str) -> list[str]:
     Raises:
         ValueError: there are no others, as where boxes are fractions of the image, or all are of crowds.
     """
-    sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+    sizes = _sizes(content)
     counted = [annotation for annotation in content["annotations"] if not annotation.get("ignore")]
     if counted and all(annotation.get("iscrowd") for annotation in counted):
         raise ValueError(
             f"{where}: all {len(counted)} annotations are of crowds (iscrowd=1), which MMDetection learns nothing from."
         )
-    trained = [a for a in counted if _is_trained_with(a, *sizes[a["image_id"]])]
+    fits = [_is_trained_with(a, *sizes[a["image_id"]]) for a in counted]
+    trained = [a for a, fit in zip(counted, fits, strict=True) if fit]
+    left_out = [a for a, fit in zip(counted, fits, strict=True) if not fit]
     beyond = [a for a in trained if _reaches_beyond(a["bbox"], *sizes[a["image_id"]])]
     notices = []
     if len(beyond) > BEYOND * len(counted):
@@ -128,9 +129,8 @@ def check_boxes(content: dict[str, Any], where: str) -> list[str]:
             f"{where}: {len(beyond)} of {len(counted)} boxes reach beyond their image, such as {example} pixels: are "
             "they [x, y, width, height], or [x1, y1, x2, y2] by mistake?"
         )
-    if len(trained) == len(counted):
+    if not left_out:
         return notices
-    left_out = [a for a in counted if not _is_trained_with(a, *sizes[a["image_id"]])]
     first = left_out[0]
     size = "x".join(map(str, sizes[first["image_id"]]))
     example = f"{first['bbox']} (id {first['id']!r}) on {size} pixels"
@@ -146,7 +146,7 @@ def check_outlines(content: dict[str, Any], where: str) -> list[str]:
     Raises:
         ValueError: there are no others, or one is empty or none at all, on which MMDetection fails amid an epoch.
     """
-    sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+    sizes = _sizes(content)
     counted = [a for a in content["annotations"] if not a.get("ignore")]
     for annotation in counted:
         outline = annotation.get("segmentation")
@@ -166,6 +166,11 @@ def check_outlines(content: dict[str, Any], where: str) -> list[str]:
     if len(empty) == len(counted):
         raise ValueError(f"{where}: all {len(empty)} objects have {found}: expected lists of [x1, y1, x2, y2, ...].")
     return [f"{where}: {len(empty)} of {len(counted)} objects are left out, since they have {found}."]
+
+
+def _sizes(content: dict[str, Any]) -> dict[Any, tuple[int, int]]:
+    """Width and height of each image, by its id."""
+    return {image["id"]: (image["width"], image["height"]) for image in content["images"]}
 
 
 def _is_outline(part: Any) -> bool:

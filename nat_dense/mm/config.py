@@ -14,7 +14,7 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 
-from nat_dense.mm.errors import describe, did_you_mean
+from nat_dense.mm.errors import describe, did_you_mean, nearly
 
 DISTRIBUTIONS = {"mmdet": "onedl-mmdetection", "mmseg": "onedl-mmsegmentation"}
 """The library behind each scope, by the name it is installed under."""
@@ -57,9 +57,6 @@ OLD_KEYS = {
     "workflow": "train_cfg and val_cfg",
 }
 """Top-level keys of MMDetection 2 and MMSegmentation 0, and what took their place."""
-
-NEARLY = 0.8
-"""From this likeness on, a key that an option adds beside another one may be that one, misspelt."""
 
 SHOWN_PLACES = 6
 
@@ -176,8 +173,8 @@ def check_keys(cfg: Config) -> list[str]:
             continue
         if key in OLD_KEYS and value is not None:
             notes.append(f"{key!r} is a key of older releases, which nothing reads any more; set {OLD_KEYS[key]}.")
-        elif close := get_close_matches(key, read, n=1, cutoff=NEARLY):
-            notes.append(f"the config's {key!r} is read by nothing: is {close[0]!r} meant?")
+        elif close := nearly(key, read):
+            notes.append(f"the config's {key!r} is read by nothing: is {close!r} meant?")
     return notes
 
 
@@ -276,7 +273,7 @@ def _note_of_new_key(cfg: Config, option: str) -> str | None:
         if not isinstance(node, dict):
             return None
         if key not in node:
-            close = get_close_matches(key, list(node), n=1, cutoff=NEARLY)
-            return f"--cfg-options {option} adds {key!r} beside {close[0]!r}: is it misspelt?" if close else None
+            close = nearly(key, node)
+            return f"--cfg-options {option} adds {key!r} beside {close!r}: is it misspelt?" if close else None
         node = node[key]
     return None

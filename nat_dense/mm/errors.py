@@ -54,6 +54,12 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+def nearly(given: str, known: Iterable[str]) -> str | None:
+    """The known name that a given one is so like that it may be that one, misspelt, where nothing else says so."""
+    close = get_close_matches(given, list(known), n=1, cutoff=0.8)
+    return close[0] if close else None
+
+
 def describe(error: Exception) -> str:
     """The message of an exception as one readable line, with its type where the text alone says too little.
 

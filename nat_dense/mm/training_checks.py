@@ -7,7 +7,6 @@ at the first checkpoint, when all that was trained until then is lost, and one o
 import logging
 import warnings
 from collections.abc import Iterator
-from difflib import get_close_matches
 from typing import Any
 
 from mmengine.config import Config
@@ -17,7 +16,7 @@ from mmengine.registry import HOOKS, LOOPS, OPTIM_WRAPPERS, OPTIMIZERS, PARAM_SC
 from mmengine.runner import IterBasedTrainLoop
 from torch import Tensor, nn
 
-from nat_dense.mm.errors import at_least, describe
+from nat_dense.mm.errors import at_least, describe, nearly
 from nat_dense.mm.fields import check_fields, check_node, class_of
 
 CONSTRUCTORS = ("DefaultOptimWrapperConstructor", "GroupedOptimWrapperConstructor")
@@ -32,7 +31,6 @@ PARAMWISE = (
     "bypass_duplicate",
 )
 """What those constructors look for in `paramwise_cfg`; others have more."""
-
 
 RULES = ("lr_mult", "decay_mult")
 """What those constructors multiply by a rule of `custom_keys`; other fields are the optimizer's."""
@@ -128,8 +126,9 @@ def _check_schedule(name: str, node: dict, wrapper: OptimWrapper, loop: Any) -> 
             if begin := fields.get("begin"):
                 later = dict(end=fields["end"] - begin) if "end" in fields else {}
                 scheduler = PARAM_SCHEDULERS.build(fields | later | dict(begin=0), default_args=settings)
-            steps = [fields[field] - 1 for field in ("total_steps",) if isinstance(fields.get(field), int)]
-            for _ in range(0 if acts_after_validation else min([2, *steps])):
+            total = fields.get("total_steps")
+            steps = min(2, total - 1) if isinstance(total, int) else 2
+            for _ in range(0 if acts_after_validation else steps):
                 scheduler.step()
     except Exception as error:  # constructors raise what they like
         raise ValueError(f"{name}: {describe(error)}") from error
@@ -171,8 +170,8 @@ def _check_paramwise(wrapper: dict) -> None:
     for key, rule in rules.items():
         for field in rule:
             # Names that end alike may be another optimizer's own.
-            if not field.endswith("_mult") and (close := get_close_matches(field, RULES, n=1, cutoff=0.8)):
-                raise ValueError(f"{name}.custom_keys[{key!r}] has no field {field!r}. Did you mean {close[0]!r}?")
+            if not field.endswith("_mult") and (close := nearly(field, RULES)):
+                raise ValueError(f"{name}.custom_keys[{key!r}] has no field {field!r}. Did you mean {close!r}?")
     decays = any(DECAYS.intersection(group) for group in (paramwise, *rules.values()))
     if decays and wrapper["optimizer"].get("weight_decay") is None:
         raise ValueError(
