@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from nat_dense.checkpoints.options import add_trust_option
 from nat_dense.mm.errors import one_line_errors
+from nat_dense.mm.first_batch import FirstBatchError, first_batch_errors
 from nat_dense.mm.options import KeyValues, set_out, set_show_dir, set_work_dir
 from nat_dense.mm.processes import leave_group
 from nat_dense.mm.runner import build_runner
@@ -50,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         if args.out:
             set_out(cfg, args.out)
         runner = build_runner(cfg, "test", tta=args.tta, trust=args.trust)
-    return runner.test()
+    with one_line_errors("test.py", FirstBatchError), first_batch_errors(runner, "tested"):
+        return runner.test()
 
 
 if __name__ == "__main__":

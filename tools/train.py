@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from nat_dense.checkpoints.options import add_trust_option
 from nat_dense.mm.errors import one_line_errors
-from nat_dense.mm.first_validation import FirstValidationError
+from nat_dense.mm.first_batch import FirstBatchError, first_batch_errors
 from nat_dense.mm.options import KeyValues, enable_amp, enable_auto_scale_lr, set_randomness, set_resume, set_work_dir
 from nat_dense.mm.processes import leave_group
 from nat_dense.mm.runner import build_runner
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.auto_scale_lr:
             enable_auto_scale_lr(cfg)
         runner = build_runner(cfg, "train", trust=args.trust)
-    with one_line_errors("train.py", FirstValidationError):
+    with one_line_errors("train.py", FirstBatchError), first_batch_errors(runner, "trained"):
         runner.train()
 
 

@@ -6,7 +6,7 @@ A config (or `--cfg-options`) may set `data_checks`, a dict with:
   where bad images are skipped) or "none" (look up only).
 - `bad_images`: "stop" (default) or "skip": go on without the bad images, which are listed.
 - `other_classes`: "stop" (default) or "ignore": annotations of classes that the config doesn't have.
-- `validation`: "try" (default: validate one batch before training, see `first_validation`) or "none".
+- `validation`: "try" (default: validate one batch before training, see `first_batch`) or "none".
 """
 
 import inspect

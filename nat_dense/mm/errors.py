@@ -1,16 +1,23 @@
 """How the command lines report a mistake of the user, in one line and without a traceback; and what stays unsaid."""
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
+import torch
 from mmengine.logging import MMLogger
 
 DEBUG_VARIABLE = "NAT_DENSE_DEBUG"
 """Set this environment variable to 1 to see the traceback of every error that a command line reports."""
+
+PYTORCH = os.path.dirname(torch.__file__) + os.sep
+
+IN_WORKER = "Original Traceback (most recent call last):"
+"""What PyTorch writes between the news of an exception in a loader's worker and its traceback, in one message."""
 
 
 @contextmanager
@@ -63,13 +70,35 @@ def nearly(given: str, known: Iterable[str]) -> str | None:
 def describe(error: Exception) -> str:
     """The message of an exception as one readable line, with its type where the text alone says too little.
 
-    Where there is no message, the line of code that raised it.
+    Where there is no message, the line of code that raised it. Of what a loader's worker raised, the same.
     """
     # str(KeyError("text")) is the repr of the text, quotes included.
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if IN_WORKER in text:
+        lines = text.rstrip().splitlines()
+        last = max(i for i, line in enumerate(lines) if line.startswith("  "))  # of its traceback
+        name, _, text = "\n".join(lines[last + 1 :]).partition(": ")
+    else:
+        name = type(error).__name__
     text = " ".join(text.split())
     if isinstance(error, (ValueError, OSError)) and text:
         return text
-    if not text and error.__traceback__:  # as of most assertions
-        text = traceback.extract_tb(error.__traceback__)[-1].line or ""
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    if not text:  # as of most assertions
+        text = (_frames(error) or [("", "")])[-1][1]
+    return f"{name}: {text}" if text else name
+
+
+def place_of(error: Exception) -> str:
+    """The file, line and code that raised an exception, or called PyTorch, which did; empty if that is not known."""
+    frames = _frames(error)
+    outside = [frame for frame in frames if not frame[0].startswith(PYTORCH)] or frames
+    return ": ".join(outside[-1]) if outside else ""
+
+
+def _frames(error: Exception) -> list[tuple[str, str]]:
+    """Places in files, and the lines of code there; the last one raised the exception."""
+    if IN_WORKER in str(error):
+        found = re.findall(r'File "(.+)", line (\d+), in .+(?:\n {4}(.*))?', str(error))
+        return [(f"{file}:{line}", code.strip()) for file, line, code in found]
+    frames = traceback.extract_tb(error.__traceback__)
+    return [(f"{frame.filename}:{frame.lineno}", frame.line or "") for frame in frames]

@@ -16,7 +16,7 @@ from nat_dense.checkpoints.download import check_source
 from nat_dense.mm.checkpoints import DropEmbeddedConfig, check_fits, check_work_dir, refuse_pickled_code
 from nat_dense.mm.config import LOADERS, check_keys
 from nat_dense.mm.data_checks import check_data, read_choices
-from nat_dense.mm.first_validation import TryValidation
+from nat_dense.mm.first_batch import TryValidation
 from nat_dense.mm.machine import fit_to_machine, keep_freed_memory
 from nat_dense.mm.model_checks import check_last_batch, check_model, fetch_initial_weights
 from nat_dense.mm.options import enable_tta
@@ -41,7 +41,7 @@ def build_runner(
         trust: whether the checkpoint of `load_from` or `resume` may run code.
 
     Returns:
-        The Runner, to be called as `runner.train()`, which raises FirstValidationError where validation would fail, or
+        The Runner, to be called as `runner.train()`, which raises FirstBatchError where validation would fail, or
         `runner.test()`.
 
     Raises:

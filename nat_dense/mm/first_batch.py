@@ -1,4 +1,4 @@
-"""One batch is validated before training, so that what would fail after the first epoch fails before it.
+"""What fails with the first batch is told as a mistake of the user, and one batch is validated before training.
 
 MMEngine builds validation before training, but first runs it when an epoch has been trained: a wrong field of
 `model.test_cfg`, images of several sizes in one batch or a `meta_keys` that lacks something costs that epoch.
@@ -18,7 +18,7 @@ from mmengine.runner import EpochBasedTrainLoop, ValLoop, autocast
 from mmengine.structures import BaseDataElement
 from torch.utils.data import DataLoader, IterableDataset
 
-from nat_dense.mm.errors import describe
+from nat_dense.mm.errors import describe, place_of
 from nat_dense.mm.evaluator_checks import metric_of
 
 LIBRARIES = ("mmengine", "mmdet", "mmseg", "nat_dense")
@@ -27,8 +27,49 @@ LIBRARIES = ("mmengine", "mmdet", "mmseg", "nat_dense")
 BEFORE = {"before_val", "before_val_epoch", "before_val_iter"}
 
 
-class FirstValidationError(ValueError):
-    """The first batch can't be validated; the message says why."""
+class FirstBatchError(ValueError):
+    """The first batch fails; the message says why, and where in the code."""
+
+
+class FirstBatch(Hook):
+    """Notes that a batch has been trained or tested."""
+
+    priority = "LOWEST"  # when all others have done what they do after it
+    passed = False
+
+    def after_train_iter(self, *args: Any, **kwargs: Any) -> None:
+        """Called by the Runner."""
+        self.passed = True
+
+    after_test_iter = after_train_iter
+
+
+@contextmanager
+def first_batch_errors(runner: Any, done: str) -> Iterator[None]:
+    """Tells what goes wrong inside the block before a batch is done: nearly always, the config or the data is wrong.
+
+    Args:
+        runner: whose `train` or `test` is called inside the block.
+        done: what it does with batches, such as "trained".
+
+    Raises:
+        FirstBatchError: the block raised any exception before that. Others pass.
+    """
+    batch = FirstBatch()
+    runner.register_hook(batch)
+    try:
+        yield
+    except FirstBatchError:
+        raise
+    except Exception as error:
+        if batch.passed:
+            raise
+        raise FirstBatchError(f"before a batch was {done}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    place = place_of(error)
+    return describe(error) + (f" [{place}]" if place else "")
 
 
 class TryValidation(Hook):
@@ -45,7 +86,7 @@ class TryValidation(Hook):
         """Tries the first batch.
 
         Raises:
-            FirstValidationError: it can't be loaded, predicted on or compared with.
+            FirstBatchError: it can't be loaded, predicted on or compared with.
         """
         if not _is_usual(runner):
             return
@@ -53,8 +94,8 @@ class TryValidation(Hook):
             with _unchanged_randomness():
                 _validate(runner.model, runner.val_loop)
         except Exception as error:
-            raise FirstValidationError(
-                f"the first batch of validation, tried before training, fails: {describe(error)} (--cfg-options "
+            raise FirstBatchError(
+                f"the first batch of validation, tried before training, fails: {_reason(error)} (--cfg-options "
                 "data_checks.validation=none trains without trying)"
             ) from error
 

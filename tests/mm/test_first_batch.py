@@ -3,6 +3,7 @@
 import copy
 import os
 import random
+import re
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,10 +16,11 @@ from mmengine.hooks import Hook
 from mmengine.registry import DATA_SAMPLERS, HOOKS, LOOPS, METRICS, TRANSFORMS
 from mmengine.runner import ValLoop
 from PIL import Image
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from nat_dense.mm.config import load_config
-from nat_dense.mm.first_validation import FirstValidationError
+from nat_dense.mm.errors import describe, place_of
+from nat_dense.mm.first_batch import FirstBatchError, first_batch_errors
 from nat_dense.mm.runner import build_runner
 from tests.mm.small import (
     DETECTOR,
@@ -142,7 +144,7 @@ def test_a_process_of_its_own_loads_the_batch_where_the_validation_has_processes
     cfg = load_config(SEGMENTOR, parse_options([*options, "val_dataloader.persistent_workers=False"]))
     cfg.work_dir = str(tmp_path / "run")
     cfg.val_dataloader.dataset.pipeline.insert(1, dict(type="DrawNumbers", pids=str(tmp_path / "pids")))
-    with pytest.raises(FirstValidationError, match="slied"):
+    with pytest.raises(FirstBatchError, match="slied"):
         build_runner(cfg).train()
     (pid,) = (tmp_path / "pids").read_text().split()
     assert int(pid) != os.getpid()
@@ -198,3 +200,83 @@ def test_a_run_without_validation(tmp_path):
     options = [*ade_options(write_ade(tmp_path / "ade"), iterations=1), "val_dataloader=None", "val_evaluator=None"]
     load_tool("train").main([SEGMENTOR, "--work-dir", str(tmp_path), "--cfg-options", *options, "val_cfg=None"])
     assert (tmp_path / "iter_1.pth").is_file()
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("optim_wrapper.clip_grad.max_nrm=1.0", r"unexpected .* 'max_nrm' \[.+optimizer_wrapper.py:\d+: "),
+        ("model.train_cfg=None", r"no attribute 'get' \[.+two_stage.py:\d+: proposal_cfg = self.train_cfg.get"),
+    ],
+)
+def test_a_first_batch_that_can_not_be_trained_is_told_in_one_line(tmp_path, capsys, option, expected):
+    options = [*coco_options(write_coco(tmp_path / "coco")), "optim_wrapper.clip_grad.max_norm=1.0", option]
+    with pytest.raises(SystemExit, match="2"):
+        load_tool("train").main([DETECTOR, "--work-dir", str(tmp_path / "run"), "--cfg-options", *options])
+    line, hint = capsys.readouterr().err.strip().splitlines()[-2:]
+    assert re.match(r"train.py: error: before a batch was trained: (Type|Attribute)Error: .*" + expected, line)
+    assert hint == "(traceback: NAT_DENSE_DEBUG=1)"
+
+
+class FailsAt(Hook):
+    """Fails after a number of batches."""
+
+    def __init__(self, batches: int):
+        self.batches = batches
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter + 1 == self.batches:
+            raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize(("batches", "expected"), [(1, FirstBatchError), (2, RuntimeError)])
+def test_what_fails_after_a_batch_keeps_its_traceback(tmp_path, batches, expected):
+    cfg = load_config(SEGMENTOR, parse_options(ade_options(write_ade(tmp_path / "ade"))))
+    cfg.work_dir = str(tmp_path / "run")
+    runner = build_runner(cfg)
+    runner.register_hook(FailsAt(batches))
+    with pytest.raises(expected, match="out of memory"), first_batch_errors(runner, "trained"):
+        runner.train()
+
+
+def test_a_first_batch_that_can_not_be_tested_is_told_in_one_line(tmp_path, capsys):
+    options = ade_options(write_ade(tmp_path / "ade"), iterations=1)
+    load_tool("train").main([SEGMENTOR, "--work-dir", str(tmp_path / "run"), "--cfg-options", *options])
+    options.append("model.test_cfg.mode=slied")
+    checkpoint = str(tmp_path / "run" / "iter_1.pth")
+    with pytest.raises(SystemExit, match="2"):
+        load_tool("test").main([SEGMENTOR, checkpoint, "--work-dir", str(tmp_path / "test"), "--cfg-options", *options])
+    line = capsys.readouterr().err.strip().splitlines()[-2]
+    assert line.startswith("test.py: error: before a batch was tested: AssertionError: Only ")
+    assert "got slied." in line
+
+
+class Broken(Dataset):
+    """Raises an error in place of an item."""
+
+    def __init__(self, error: Exception):
+        self.error = error
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (KeyError("mask"), "KeyError: 'mask'"),
+        (ValueError("of\ntwo lines"), "of two lines"),
+        (AssertionError(), "AssertionError: raise self.error"),
+        (OSError(2, "No such file", "a.jpg"), "No such file: 'a.jpg'"),
+    ],
+)
+def test_what_a_worker_raises_is_told_without_its_traceback(error, expected):
+    with pytest.raises(type(error)) as raised:
+        next(iter(DataLoader(Broken(error), num_workers=1)))
+    text = describe(raised.value)
+    assert text.endswith(expected)
+    assert len(text) < 50
+    assert re.fullmatch(r".+test_first_batch.py:\d+: raise self.error", place_of(raised.value))
