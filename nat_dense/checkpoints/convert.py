@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,6 +19,9 @@ from nat_dense.checkpoints.reading import Checkpoint
 from nat_dense.checkpoints.writing import atomic, check_folder, check_free, check_suffix, save
 from nat_dense.models import NAT, DiNAT_s, DiNATsClassifier, NATClassifier
 from nat_dense.models.variants import dilations_for
+
+_BACKBONE = re.compile(r"\btype=['\"](?:\w+\.)*(NAT|DiNAT)['\"]")
+"""As it stands in the text of a config."""
 
 Kind = Literal["dense", "classification", "hf", "mm"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -75,7 +79,7 @@ def convert(
         raise ValueError(f"{source}: {error}") from error
     tensors = found.sources
     if to == "hf":
-        model_type = _model_type(architecture, layout, model_type, needed=head or folder)
+        model_type = _model_type(architecture, layout, checkpoint, model_type, needed=head or folder)
         tensors = to_hf(tensors, model_type if head else None)
     elif to == "mm":
         tensors = _with_heads(found, layout)
@@ -153,15 +157,28 @@ def _skeleton(architecture: Architecture, head: bool, kernel_size: int | None) -
 
 
 def _model_type(
-    architecture: Architecture, layout: Layout, given: ModelType | None, *, needed: bool
+    architecture: Architecture, layout: Layout, checkpoint: Checkpoint, given: ModelType | None, *, needed: bool
 ) -> ModelType | None:
     if architecture.family == "DiNAT_s":
         raise ValueError("transformers has no DiNAT_s")
     stored = layout.prefix.removesuffix(".")
-    own: ModelType | None = "nat" if stored == "nat" else "dinat" if stored == "dinat" else None
+    own: ModelType | None = "nat" if stored == "nat" else "dinat" if stored == "dinat" else _trained_as(checkpoint)
+    if given and own and given != own:
+        raise ValueError(
+            f"{checkpoint.path} holds a {own}, and a {given} has other dilations: name its own model type "
+            f"(--model-type {own})"
+        )
     if needed and given is None and own is None:
         raise ValueError("the weights don't tell NAT from DiNAT: name the model type (--model-type nat or dinat)")
     return given or own
+
+
+def _trained_as(checkpoint: Checkpoint) -> ModelType | None:
+    """Which one mmengine trained, whose checkpoints hold the text of their config; it is looked at, not run."""
+    meta = checkpoint.extras.get("meta")
+    text = meta.get("cfg") if isinstance(meta, Mapping) else None
+    named = set(_BACKBONE.findall(text)) if isinstance(text, str) else set()
+    return {"NAT": "nat", "DiNAT": "dinat"}[named.pop()] if len(named) == 1 else None  # type: ignore[return-value]
 
 
 def _hf_config(

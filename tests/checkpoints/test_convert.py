@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 from safetensors import safe_open
 
 from nat_dense import checkpoints
@@ -166,6 +167,20 @@ def test_what_can_not_be_is_refused(tmp_path, name, out, options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         checkpoints.convert(tmp_path / "in.safetensors", tmp_path / out, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+@pytest.mark.parametrize(("trained", "other"), [("DiNAT", "nat"), ("NAT", "dinat")])
+def test_what_mmengine_trained_keeps_its_type(tmp_path, trained, other):
+    """Dilations are no weights: a DiNAT's run in a NAT without an error, and give other results."""
+    cfg = Config(dict(model=dict(backbone=dict(type=trained, init_cfg=dict(type="Pretrained", checkpoint="x.pth")))))
+    weights = {f"backbone.{name}": value for name, value in MODELS["dense"]().state_dict().items()}
+    torch.save({"state_dict": weights, "meta": dict(cfg=cfg.pretty_text)}, tmp_path / "in.pth")
+    with pytest.raises(ValueError, match=f"in.pth holds a {trained.lower()}, and a {other} has other dilations"):
+        checkpoints.convert(tmp_path / "in.pth", tmp_path / "hf", "hf", model_type=other)
+    assert not (tmp_path / "hf").exists()
+    dilations = "detection" if trained == "DiNAT" else None
+    checkpoints.convert(tmp_path / "in.pth", tmp_path / "hf", "hf", dilations=dilations)
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == trained.lower()
 
 
 @pytest.mark.parametrize("existing", [True, False])
