@@ -177,10 +177,11 @@ void each_item(const std::vector<Item>& items, int64_t scratch, F&& f) {
   });
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& rpb,
-                                   const OptionalTensor& pad_key, const OptionalTensor& pad_value,
-                                   at::IntArrayRef kernel_size, at::IntArrayRef dilation, double scale,
-                                   int64_t first, int64_t last, bool needs_lse, std::string isa) {
+std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                   const OptionalTensor& rpb, const OptionalTensor& pad_key,
+                                   const OptionalTensor& pad_value, at::IntArrayRef kernel_size,
+                                   at::IntArrayRef dilation, double scale, int64_t first, int64_t last, bool needs_lse,
+                                   std::string isa) {
   Problem problem(query, key, value, rpb, pad_key, pad_value, kernel_size, dilation, scale, isa, false);
   TORCH_CHECK(0 <= first && first <= last && last <= query.size(1), "no rows [", first, ", ", last, ") in the map");
   Tensor out = empty(query.sizes(), problem.type);
@@ -205,7 +206,8 @@ struct Partials {
   Tensor bias, pad_key, pad_value;
 
   Partials(const Call& call)
-      : bias(at::zeros({at::get_num_threads(), call.heads, 2 * call.rows.kernel - 1, 2 * call.columns.kernel - 1}, at::kDouble)),
+      : bias(at::zeros({at::get_num_threads(), call.heads, 2 * call.rows.kernel - 1, 2 * call.columns.kernel - 1},
+                       at::kDouble)),
         pad_key(at::zeros({at::get_num_threads(), call.heads, call.dim}, at::kDouble)),
         pad_value(at::zeros_like(pad_key)) {}
 
@@ -235,9 +237,10 @@ std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& query, const 
   call.grad_value = map_of(sums.select(3, 1));
   call.needs_grad_bias = rpb.has_value();
   Partials partials(call);
-  each_item(items_of(call, 1, 0, call.rows.length), problem.kernels.backward_scratch(call), [&](const Item& item, void* memory) {
-    problem.kernels.backward(call, item, partials.of_thread(), memory);
-  });
+  each_item(items_of(call, 1, 0, call.rows.length), problem.kernels.backward_scratch(call),
+            [&](const Item& item, void* memory) {
+              problem.kernels.backward(call, item, partials.of_thread(), memory);
+            });
   if (separate) grad_kv.copy_(sums);
   std::vector<Tensor> gradients = {grad_qkv.to(query.scalar_type())};
   if (rpb) gradients.push_back(partials.bias.sum(0).to(rpb->scalar_type()));

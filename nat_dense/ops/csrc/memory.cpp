@@ -109,7 +109,8 @@ class KeptMemory final : public c10::Allocator {
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType type) {
   const size_t bytes = c10::multiply_integers(sizes) * c10::elementSize(type);
   if (bytes <= kLarge) return at::empty(sizes, type);
-  at::Tensor t = at::detail::empty_generic(sizes, &KeptMemory::get(), c10::DispatchKeySet(c10::DispatchKey::CPU), type, std::nullopt);
+  const c10::DispatchKeySet cpu(c10::DispatchKey::CPU);
+  at::Tensor t = at::detail::empty_generic(sizes, &KeptMemory::get(), cpu, type, std::nullopt);
   const at::Context& context = at::globalContext();
   if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {  // as at::empty does
     t.fill_(std::numeric_limits<double>::quiet_NaN());

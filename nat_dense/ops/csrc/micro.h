@@ -186,11 +186,17 @@ NAT_DENSE_INLINE void add_row(const typename V::scalar* (&weight)[V::kRows], int
 // The same for rows known at run time.
 template <class V, int First, int Last, int Q, int D>
 NAT_DENSE_INLINE void add_rows(int first, int last, const typename V::scalar* (&weight)[V::kRows],
-                               int64_t weight_step, int64_t weight_row, const typename V::scalar* value, int64_t value_step, int columns,
-                               V (&sum)[V::kRows][Q][D]) {
+                               int64_t weight_step, int64_t weight_row, const typename V::scalar* value,
+                               int64_t value_step, int columns, V (&sum)[V::kRows][Q][D]) {
   if constexpr (First + 1 < Last) {
-    if (last < Last) return add_rows<V, First, Last - 1>(first, last, weight, weight_step, weight_row, value, value_step, columns, sum);
-    if (first > First) return add_rows<V, First + 1, Last>(first, last, weight, weight_step, weight_row, value, value_step, columns, sum);
+    if (last < Last) {
+      return add_rows<V, First, Last - 1>(first, last, weight, weight_step, weight_row, value, value_step, columns,
+                                          sum);
+    }
+    if (first > First) {
+      return add_rows<V, First + 1, Last>(first, last, weight, weight_step, weight_row, value, value_step, columns,
+                                          sum);
+    }
   }
   add_row<V, First, Last>(weight, weight_step, weight_row, value, value_step, columns, sum);
 }
