@@ -8,7 +8,7 @@ from typing import Any
 from mmengine.registry import MODELS, TASK_UTILS
 
 from nat_dense.mm.errors import describe
-from nat_dense.mm.fields import check_fields, class_of, fields_of, known_class
+from nat_dense.mm.fields import check_fields, class_of, dicts_in, fields_of, known_class
 
 OF_NO_REGISTRY = ("init_cfg", "nms", "roi_layer")
 """Parts of models whose types are functions, or which are built later."""
@@ -36,7 +36,7 @@ def _blame_part(model: dict, message: str) -> None:
     """Raises ValueError where a part has the type that was not found, or the field that was not expected."""
     registry = TASK_UTILS if "task util" in message else MODELS
     unexpected = re.search(r"unexpected keyword argument '(\w+)'", message)
-    for name, node in _parts(model, "model"):
+    for name, node in parts_of(model):
         cls = class_of(node, MODELS) or class_of(node, TASK_UTILS)
         if cls is None and _says_unknown(message, name, node["type"]):
             known_class(name, node, registry)
@@ -52,11 +52,12 @@ def _says_unknown(message: str, name: str, given: Any) -> bool:
     )
 
 
-def _parts(node: Any, name: str) -> Iterator[tuple[str, dict]]:
+def parts_of(model: dict) -> Iterator[tuple[str, dict]]:
     """The parts of a model that have types, and where they stand, but for those that no registry builds."""
-    if isinstance(node, dict) and "type" in node:
-        yield name, node
-    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, (list, tuple)) else ()
-    for key, child in children:
-        if key not in OF_NO_REGISTRY:
-            yield from _parts(child, f"{name}.{key}")
+    for name, node in dicts_in(model, "model", lambda place, _: _is_built(place)):
+        if "type" in node and _is_built(name):
+            yield name, node
+
+
+def _is_built(place: str) -> bool:
+    return place.rpartition(".")[2] not in OF_NO_REGISTRY

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mmengine.hooks import CheckpointHook
@@ -16,6 +16,24 @@ PASSED_ON: dict[type, Callable] = {CheckpointHook: Runner.save_checkpoint}
 
 OF_ANY_OBJECT = ("type", "_scope_")
 """Fields of every object, which its registry takes."""
+
+
+def dicts_in(
+    node: Any, name: str = "", enters: Callable[[str, Any], bool] = lambda place, node: True
+) -> Iterator[tuple[str, dict]]:
+    """Every dict in a part of a config, itself included, at any depth, and its place.
+
+    Args:
+        node: the part.
+        name: its place, such as "model".
+        enters: whether to look into a dict or list, given its place and itself.
+    """
+    if isinstance(node, dict):
+        yield name, node
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, (list, tuple)) else ()
+    if children and enters(name, node):
+        for key, child in children:
+            yield from dicts_in(child, f"{name}.{key}", enters)
 
 
 def class_of(node: dict, registry: Registry) -> Any:
@@ -106,7 +124,7 @@ def fields_of(cls: Any) -> list[str] | None:
     """What a class can be built with, its base classes' too; None where nothing says what it makes of other names."""
     if not inspect.isclass(cls):
         return None
-    constructors = [vars(base)["__init__"] for base in cls.__mro__[:-1] if "__init__" in vars(base)]
+    constructors = _constructors(cls)
     names: list[str] = []
     for constructor in constructors:
         found, is_open = _parameters(constructor)
@@ -119,6 +137,15 @@ def fields_of(cls: Any) -> list[str] | None:
         if issubclass(cls, owner):
             return names + _parameters(function)[0]
     return None if constructors else names
+
+
+def parameters_of(cls: type) -> list[str]:
+    """What the constructors of a class and of its base classes name, whatever else they take."""
+    return [name for constructor in _constructors(cls) for name in _parameters(constructor)[0]]
+
+
+def _constructors(cls: type) -> list[Callable]:
+    return [vars(base)["__init__"] for base in cls.__mro__[:-1] if "__init__" in vars(base)]
 
 
 def _takes_from_the_rest(constructor: Callable) -> bool:

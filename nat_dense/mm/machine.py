@@ -2,7 +2,6 @@
 
 import ctypes
 import platform
-from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,6 +9,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 
 from nat_dense.mm.config import LOADERS
+from nat_dense.mm.fields import dicts_in
 from nat_dense.mm.processes import use_cpus
 
 AMP_DEVICES = ("cuda", "npu", "mlu", "musa")
@@ -82,14 +82,14 @@ def keep_freed_memory() -> bool:
 
 def replace_sync_norms(model: Any) -> bool:
     """Replaces, in place, the batch norms that need several processes by the plain one; says whether there were any."""
-    found = [node for node in _nodes(model) if node.get("type") in ("SyncBN", "MMSyncBN")]
+    found = [node for _, node in dicts_in(model) if node.get("type") in ("SyncBN", "MMSyncBN")]
     for node in found:
         node["type"] = "BN"
     return bool(found)
 
 
 def _prefer_faster_coco(cfg: Config) -> list[str]:
-    evaluators = [node for name in ("val_evaluator", "test_evaluator") for node in _nodes(cfg.get(name) or {})]
+    evaluators = [node for name in ("val_evaluator", "test_evaluator") for _, node in dicts_in(cfg.get(name))]
     coco = [node for node in evaluators if node.get("type") == "CocoMetric"]
     if not coco or cfg.get("default_scope") != "mmdet":
         return []
@@ -101,12 +101,3 @@ def _prefer_faster_coco(cfg: Config) -> list[str]:
         node["type"] = "FasterCocoMetric"
         node.pop("use_mp_eval", None)
     return []
-
-
-def _nodes(value: Any) -> Iterator[dict]:
-    """Every dict inside a config, at any depth."""
-    if isinstance(value, dict):
-        yield value
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    for child in children:
-        yield from _nodes(child)

@@ -6,7 +6,6 @@ import inspect
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -15,9 +14,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nat_dense.checkpoints.names import URLS
-from nat_dense.mm.build_errors import naming_parts
+from nat_dense.mm.build_errors import naming_parts, parts_of
 from nat_dense.mm.errors import did_you_mean
-from nat_dense.mm.fields import check_object, class_of
+from nat_dense.mm.fields import check_object, class_of, dicts_in
+from nat_dense.mm.free_fields import check_free_fields
 from nat_dense.mm.pretrained import Pretrained, through_this_door
 from nat_dense.models.backbone import NeighborhoodBackbone
 
@@ -55,7 +55,8 @@ def check_model(cfg: Config, *, training: bool = True) -> tuple[nn.Module, list[
     if cls := _class_of(backbone):
         check_object("model.backbone", backbone, cls)
     if training:
-        _check_initial_weights(cfg.model, "model")
+        _check_initial_weights(cfg.model)
+    warnings = check_free_fields(cfg.model, parts_of(cfg.model))
     with torch.random.fork_rng(devices=[]):
         with naming_parts(cfg.model):
             model = MODELS.build(copy.deepcopy(cfg.model))  # MMSegmentation writes into what it builds from
@@ -64,20 +65,15 @@ def check_model(cfg: Config, *, training: bool = True) -> tuple[nn.Module, list[
         _load_initial_weights(model, on_disk=True)
     if training and cfg.get("train_dataloader"):
         _check_batch_norm(model, cfg.train_dataloader.get("batch_size"))
-    return model, _check_dilations(cfg)
+    return model, warnings + _check_dilations(cfg)
 
 
-def _check_initial_weights(node: Any, name: str) -> None:
-    if isinstance(node, (list, tuple)):
-        node = dict(enumerate(node))
-    if not isinstance(node, dict):
-        return
-    if name.endswith("init_cfg") and isinstance(node.get("checkpoint"), str):
-        _check_source(node["checkpoint"], f"{name}.checkpoint", name)
-    elif name == "model" and isinstance(node.get("pretrained"), str):
-        _check_source(node["pretrained"], "model.pretrained", "model.pretrained")
-    for key, value in node.items():
-        _check_initial_weights(value, f"{name}.{key}")
+def _check_initial_weights(model: dict) -> None:
+    if isinstance(model.get("pretrained"), str):
+        _check_source(model["pretrained"], "model.pretrained", "model.pretrained")
+    for name, node in dicts_in(model, "model"):
+        if name.endswith("init_cfg") and isinstance(node.get("checkpoint"), str):
+            _check_source(node["checkpoint"], f"{name}.checkpoint", name)
 
 
 def _check_source(source: str, name: str, field: str) -> None:

@@ -17,7 +17,7 @@ from mmengine.runner import IterBasedTrainLoop
 from torch import Tensor, nn
 
 from nat_dense.mm.errors import at_least, describe, nearly
-from nat_dense.mm.fields import check_fields, check_node, class_of
+from nat_dense.mm.fields import check_fields, check_node, class_of, dicts_in
 
 CONSTRUCTORS = ("DefaultOptimWrapperConstructor", "GroupedOptimWrapperConstructor")
 PARAMWISE = (
@@ -106,11 +106,9 @@ def _default_loop(name: str, node: dict) -> str:
 
 def _typed(node: Any, name: str) -> Iterator[tuple[str, dict]]:
     """The configs of objects in a config, a list or a dict of them, with their places."""
-    if isinstance(node, dict) and "type" in node:
-        yield name, node
-    elif isinstance(node, (dict, list, tuple)):
-        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
-            yield from _typed(child, f"{name}.{key}")
+    for place, found in dicts_in(node, name, lambda _, inner: "type" not in inner):
+        if "type" in found:
+            yield place, found
 
 
 def _check_schedule(name: str, node: dict, wrapper: OptimWrapper, loop: Any) -> None:

@@ -14,8 +14,10 @@ from mmengine.registry import HOOKS, init_default_scope
 from torch import nn
 
 from nat_dense.mm import pipelines
+from nat_dense.mm.build_errors import parts_of
 from nat_dense.mm.config import load_config
 from nat_dense.mm.fields import fields_of
+from nat_dense.mm.free_fields import check_free_fields
 from nat_dense.mm.pipelines import check_datasets
 from nat_dense.mm.training_checks import check_training
 from tests.mm.small import DETECTOR, SEGMENTOR, load_tool, parse_options
@@ -236,6 +238,8 @@ def test_configs_of_the_libraries_pass(library, monkeypatch):
         if "train_cfg" in cfg:
             init_default_scope(cfg.get("default_scope", "mmengine"))
             check_training(cfg, nn.Linear(16, 16))
+            model = cfg.get("model") or {}
+            check_free_fields(model, parts_of(model))
             for loader in ("train_dataloader", "val_dataloader"):
                 check_datasets((cfg.get(loader) or {}).get("dataset"), f"{loader}.dataset")
             checked += 1
