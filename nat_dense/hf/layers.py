@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nat_dense.hf.configuration import NatConfig, dilations_of
 from nat_dense.models.attention import attend
-from nat_dense.models.layers import ConvDownsampler, ConvTokenizer, DropPath, in_runs
+from nat_dense.models.layers import ConvDownsampler, ConvTokenizer, DropPath, are_plain, in_runs
 from nat_dense.models.linear import Linear
 from nat_dense.ops import reference
 from nat_dense.ops.problem import completed_size
@@ -167,7 +167,20 @@ class Layer(GradientCheckpointingLayer):
     def forward(self, tokens: Tensor, output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
         """[B, H, W, C] -> the same, and the attention weights where they are asked for."""
         attended, weights = self.attention(self.layernorm_before(tokens), output_attentions)
-        return in_runs(self._add_branches, tokens, attended, whole=self.drop_path.training), weights
+        return in_runs(self._add_branches, tokens, attended, whole=self._takes_whole_maps), weights
+
+    def _takes_whole_maps(self) -> bool:
+        """Whether a part of the MLP may look at more than a token: what hooks or other modules do is not known."""
+        if self.drop_path.training or not are_plain({Intermediate: (self.intermediate,), Dense: (self.output,)}):
+            return True
+        return not are_plain(
+            {
+                nn.LayerNorm: (self.layernorm_after,),
+                DropPath: (self.drop_path,),
+                Linear: (self.intermediate.dense, self.output.dense),
+                nn.Dropout: (self.output.dropout,),
+            }
+        )
 
     def _add_branches(self, tokens: Tensor, attended: Tensor) -> Tensor:
         scales = (None, None) if self.layer_scale_parameters is None else self.layer_scale_parameters.unbind()

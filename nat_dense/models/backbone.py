@@ -14,7 +14,17 @@ from torch.utils.checkpoint import checkpoint
 from nat_dense.models import variants
 from nat_dense.models.add_norm import add_norm, norm, takes_kernels
 from nat_dense.models.attention import NeighborhoodAttention2D
-from nat_dense.models.layers import DropPath, Mlp, drops, in_runs, is_plain, put_together, rows_in_a_band, rows_seen
+from nat_dense.models.layers import (
+    DropPath,
+    Mlp,
+    are_plain,
+    drops,
+    in_runs,
+    is_plain,
+    put_together,
+    rows_in_a_band,
+    rows_seen,
+)
 from nat_dense.models.linear import Linear
 
 Dilations = str | Sequence[Sequence[int]] | None
@@ -35,36 +45,49 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
         self.drop_path = DropPath(drop_path)
-        self.gamma1 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
-        self.gamma2 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
+        self.gamma1 = nn.Parameter(torch.full((dim,), float(layer_scale))) if layer_scale else None
+        self.gamma2 = nn.Parameter(torch.full((dim,), float(layer_scale))) if layer_scale else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
         if self.is_joined(x):
             return self.joined(x)[0]
-        rows = rows_in_a_band(x, self.attn.kernel_size * self.attn.dilation)
-        samples = self.drop_path.training  # which looks at whole samples
-        if rows and not samples:
-            return put_together(self._bands(x, rows), x.shape[:-1])
-        return in_runs(self._add_branches, x, self.attn(self.norm1(x)), whole=samples)
+        if self._takes_bands(x):
+            return put_together(self._bands(x), x.shape[:-1])
+        return in_runs(self._add_branches, x, self.attn(self.norm1(x)), whole=self._takes_whole_maps)
 
     def is_joined(self, x: Tensor) -> bool:
         """Whether `joined` may run in place of the modules: on a GPU, where they are plain and without dropout."""
-        if not takes_kernels(x):
-            return False
-        attn, mlp, norms = self.attn, self.mlp, (self.norm1, self.norm2)
+        return (
+            takes_kernels(x)
+            and self._has_plain_parts()
+            and all(norm.bias is not None and norm.weight.dim() == 1 for norm in (self.norm1, self.norm2))
+            and not any(map(drops, (self.attn.proj_drop, self.mlp.drop)))
+        )
+
+    def _has_plain_parts(self) -> bool:
+        """Whether the modules inside are those of the constructor and have no hooks; the projection to query, key and
+        value, which is always called as a module, aside."""
+        attn, mlp = self.attn, self.mlp
         if not (is_plain(attn, NeighborhoodAttention2D) and is_plain(mlp, Mlp) and is_plain(self.drop_path, DropPath)):
             return False
-        kinds: dict = {
-            nn.LayerNorm: norms,
-            Linear: (attn.proj, mlp.fc1, mlp.fc2),
-            nn.Dropout: (attn.proj_drop, mlp.drop),
-        }
-        return (
-            all(is_plain(module, kind) for kind, modules in kinds.items() for module in modules)
-            and all(norm.bias is not None and norm.weight.dim() == 1 for norm in norms)
-            and not any(map(drops, kinds[nn.Dropout]))
+        return are_plain(
+            {
+                nn.LayerNorm: (self.norm1, self.norm2),
+                Linear: (attn.proj, mlp.fc1, mlp.fc2),
+                nn.Dropout: (attn.proj_drop, mlp.drop),
+            }
         )
+
+    def _takes_whole_maps(self) -> bool:
+        """Whether a part may look at more than a token: what hooks or other modules do is not known."""
+        return self.drop_path.training or not (self._has_plain_parts() and is_plain(self.attn.qkv, Linear))
+
+    def _takes_bands(self, x: Tensor) -> bool:
+        attn = self.attn
+        if not isinstance(attn, NeighborhoodAttention2D):
+            return False
+        return bool(rows_in_a_band(x, attn.kernel_size * attn.dilation)) and not self._takes_whole_maps()
 
     def joined(
         self, x: Tensor, normed: Tensor | None = None, following: nn.LayerNorm | None = None
@@ -93,9 +116,10 @@ class Block(nn.Module):
         factor = self.drop_path.factor(branch, torch.float32)
         return add_norm(x, branch, bias, layer_scale, factor, norm.weight, norm.bias, norm.eps)
 
-    def _bands(self, x: Tensor, rows: int) -> Iterator[Tensor]:
+    def _bands(self, x: Tensor) -> Iterator[Tensor]:
         """All of the block for a band of rows before the next one: what lies between x and the output stays in the
         cache. The rows that the windows of two bands share are projected for both."""
+        rows = rows_in_a_band(x, self.attn.kernel_size * self.attn.dilation)
         for image in x.split(1):
             for first in range(0, x.shape[1], rows):
                 last = min(first + rows, x.shape[1])
@@ -266,7 +290,7 @@ class NeighborhoodBackbone(BaseModule):
         Returns:
             Maps [B, num_features[i], ceil(H / 4 / 2**i), ceil(W / 4 / 2**i)].
         """
-        # The range comes first: stages behind the last map are not computed.
+        # The range comes first: stages behind the last map are not computed (the downsampler to them is).
         stages = range(max(self.out_indices, default=-1) + 1)
         return tuple(
             getattr(self, f"norm{i}")(tokens).permute(0, 3, 1, 2).contiguous()

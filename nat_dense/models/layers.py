@@ -6,7 +6,7 @@ Parameter names are those of the released checkpoints, which makes them public A
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ MIN_BANDS = 4
 """Below this many bands the projection may well stay in the last cache as a whole."""
 
 
-def in_runs(function: Callable[..., Tensor], *maps: Tensor, whole: bool) -> Tensor:
+def in_runs(function: Callable[..., Tensor], *maps: Tensor, whole: Callable[[], bool]) -> Tensor:
     """`function(*maps)` for a function that works on each token alone.
 
     In CPU inference it is called on runs of tokens, [tokens, C], and the results are put together: the intermediate
@@ -38,11 +38,12 @@ def in_runs(function: Callable[..., Tensor], *maps: Tensor, whole: bool) -> Tens
     Args:
         function: Takes as many tensors [..., C_i] as there are maps, returns [..., C].
         maps: [B, H, W, C_i] each.
-        whole: Whether it must be called once all the same: stochastic depth in training looks at whole samples.
+        whole: Whether it must be called once all the same, asked where it would not be: stochastic depth in training
+            looks at whole samples, and so may what has taken the place of a module or hooks into it.
     """
     first = maps[0]
     step = max(MIN_RUN, RUN_BYTES // (first.shape[-1] * first.element_size()))
-    if whole or not _may_be_split(first) or first.shape[:-1].numel() <= step:
+    if not _may_be_split(first) or first.shape[:-1].numel() <= step or whole():
         return function(*maps)
     runs = zip(*(m.flatten(0, -2).split(step) for m in maps), strict=True)
     return put_together((function(*run) for run in runs), first.shape[:-1])
@@ -155,6 +156,11 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     own = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     is_called = any(own) or nn.modules.module._has_any_global_hook() or module._compiled_call_impl is not None
     return type(module) is kind and "forward" not in module.__dict__ and not is_called
+
+
+def are_plain(modules: Mapping[type[nn.Module], Iterable[nn.Module]]) -> bool:
+    """Whether all of them are plain modules of their kind."""
+    return all(is_plain(module, kind) for kind, those in modules.items() for module in those)
 
 
 def channels_last(image: Tensor) -> Tensor:

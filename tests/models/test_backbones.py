@@ -3,8 +3,9 @@
 import pytest
 import torch
 from mmengine.registry import MODELS
+from torch import nn
 
-from nat_dense.models import NAT, DiNAT, DiNAT_s, layers, variants
+from nat_dense.models import NAT, DiNAT, DiNAT_s, attention, layers, variants
 from nat_dense.models.backbone import Stage
 from tests import golden
 from tests.ops.cases import OperatorsSeen
@@ -24,6 +25,12 @@ def test_any_input_size_gives_contiguous_maps(family, size):
     assert [tuple(m.shape) for m in maps] == [(2, c, *s) for c, s in zip(model.num_features, ceil, strict=True)]
     assert all(m.is_contiguous() for m in maps)
     assert all(torch.isfinite(m).all() for m in maps)
+
+
+def test_a_layer_scale_may_be_a_whole_number():
+    block = NAT(**SMALL, layer_scale=1).levels[0].blocks[0]
+    assert torch.equal(block.gamma1, torch.ones(32))
+    assert block.gamma2.requires_grad
 
 
 @FAMILIES
@@ -278,19 +285,64 @@ def test_bands_of_rows_give_what_the_whole_map_gives(family, size, monkeypatch):
     model = family(embed_dim=16, depths=[2] * 4, num_heads=[1, 2, 2, 4], kernel_size=3, dilations=dilations).eval()
     image = torch.randn(2, 3, *size)
     bands = []
-    model.levels[0].blocks[1].attn.register_forward_pre_hook(
-        lambda attention, args, named: bands.append(named.get("rows")), with_kwargs=True
-    )
+    operator = attention.na2d_rows
+    monkeypatch.setattr(attention, "na2d_rows", lambda *args, **kwargs: bands.append(1) or operator(*args, **kwargs))
     with torch.no_grad():
         whole = model(image)
+        assert not bands
         monkeypatch.setattr(layers, "BAND_BYTES", 80_000)
         banded = model(image)
+        count = len(bands)
         model.train()
         model(image)
-    assert bands[0] is bands[-1] is None
-    assert len(bands) - 2 >= 2 * layers.MIN_BANDS
+    assert len(bands) == count >= 2 * 2 * layers.MIN_BANDS
     for a, b in zip(whole, banded, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+class Gated(nn.Module):
+    """An MLP whose gate looks at all tokens."""
+
+    def __init__(self, mlp: nn.Module):
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x):
+        y = self.mlp(x)
+        return y * y.mean((-3, -2), keepdim=True).sigmoid()
+
+
+class Offset(nn.LayerNorm):
+    """A norm that looks at the places of its tokens."""
+
+    def forward(self, x):
+        return super().forward(x) + torch.linspace(0, 1, x.shape[-3]).view(-1, 1, 1)
+
+
+@pytest.mark.parametrize("change", ["hook", "hook of the projection", "mlp", "norm", "attention"])
+@pytest.mark.parametrize("band", [1 << 30, 80_000])
+def test_what_is_not_plain_sees_whole_maps(change, band, monkeypatch):
+    """In inference too, where a CPU takes maps in parts."""
+    monkeypatch.setattr(layers, "BAND_BYTES", band)
+    monkeypatch.setattr(layers, "RUN_BYTES", 1 << 12)
+    model = NAT(embed_dim=16, depths=[2] * 4, num_heads=[1, 2, 2, 4], kernel_size=3).eval()
+    block, seen = model.levels[0].blocks[0], []
+    if change.startswith("hook"):
+        part = block.mlp if change == "hook" else block.attn.qkv
+        part.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[:3]))
+    elif change == "mlp":
+        block.mlp = Gated(block.mlp)
+    elif change == "norm":
+        block.norm2 = Offset(16)
+    else:
+        block.attn = Gated(block.attn)
+    image = torch.randn(1, 3, 232, 201)
+    expected = model(image)
+    with torch.no_grad():
+        found = model(image)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert seen == [(1, 58, 51)] * 2 * change.startswith("hook")
 
 
 @pytest.mark.parametrize("dilation", [1, 2, 3, 5])

@@ -52,6 +52,35 @@ def test_second_derivatives_are_those_of_torch():
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
 
 
+@pytest.mark.parametrize("bias", ["spread", "expanded", "from the middle"])
+def test_a_bias_lies_in_memory_as_it_likes(bias):
+    x, weight, _ = operands(3, 5, 16)
+    spread = {"spread": torch.randn(24, 3)[:, 1], "expanded": torch.randn(1).expand(24)}
+    given = spread.get(bias, torch.randn(50)[7:31])
+    torch.testing.assert_close(linear(x, weight, given), F.linear(x, weight, given), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "bias"),
+    [
+        ((4, 17), (24, 16), None),
+        ((4, 16), (24, 16), (4,)),
+        ((4, 16), (24, 16), (1,)),  # which torch takes
+        ((4, 16), (16,), None),
+        ((4, 16), (16,), ()),
+    ],
+)
+def test_other_sizes_are_torchs_affair(x, weight, bias):
+    tensors = torch.randn(x), torch.randn(weight), None if bias is None else torch.randn(bias)
+    answers = []
+    for function in (linear, F.linear):
+        try:
+            answers.append(function(*tensors).shape)
+        except RuntimeError as error:
+            answers.append(str(error))
+    assert answers[0] == answers[1]
+
+
 @ONEDNN
 def test_only_what_needs_a_gradient_gets_one():
     x, weight, bias = operands(6, 16)
