@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from nat_dense.checkpoints.download import local
 from nat_dense.checkpoints.keymaps import ModelType, to_hf
 from nat_dense.checkpoints.layout import Architecture, Layout, architecture_of
 from nat_dense.checkpoints.loading import Report, open_checkpoint
@@ -87,7 +88,8 @@ def convert(
         raise ValueError("dilations (--dilations) are for the config of a DiNAT, which goes with a folder and to='hf'")
     lost = [*found.left_out, *map(str, checkpoint.extras)]
     written = (target, target / "model.safetensors", target / "config.json") if folder else (target,)
-    if lost and Path(source).exists() and any(path.exists() and path.samefile(source) for path in written):
+    read = local(source)
+    if lost and read and any(path.exists() and path.samefile(read) for path in written):
         raise ValueError(
             f"{target} is what is read, and {len(lost)} of its parts, such as {lost[0]!r}, are none of its new form: "
             "they would be lost. Name another file"

@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 import torch
 from filelock import FileLock  # a dependency of torch
 
-from nat_dense.checkpoints.names import SHA256, URLS
+from nat_dense.checkpoints.names import URLS
 from nat_dense.checkpoints.reading import check_sha256
 from nat_dense.progress import ProgressLine
 
@@ -51,18 +51,19 @@ def fetch(source: str | Path, *, sha256: str | None = None) -> Path:
     """
     text = str(source)
     check_source(text)
-    if Path(text).exists():
-        return Path(text)
-    if text in URLS:
-        sha256 = sha256 or SHA256.get(text)
-        text = URLS[text]
-    return _download(text, sha256)
+    return local(text) or _download(URLS.get(text, text), sha256)
+
+
+def local(source: str | Path) -> Path | None:
+    """The file or folder of this machine that a source names, "~" included; None where there is none."""
+    path = Path(source).expanduser()
+    return path if path.exists() else None
 
 
 def check_source(source: str | Path) -> None:
     """Raises FileNotFoundError where `fetch` would find no such file, name or kind of address; loads nothing."""
     text = str(source)
-    if Path(text).exists() or text in URLS or re.match(r"https?://", text):
+    if local(text) or text in URLS or re.match(r"https?://", text):
         return
     close = get_close_matches(text, URLS, n=3)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""

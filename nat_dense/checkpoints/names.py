@@ -13,9 +13,6 @@ from types import MappingProxyType
 
 from nat_dense.models import published, variants
 
-SHA256: Mapping[str, str] = MappingProxyType({})
-"""Name to SHA-256, of those that are known."""
-
 
 def _files() -> Iterator[tuple[str, str]]:
     for family, rows in variants.VARIANTS.items():

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -156,7 +157,8 @@ def read_torch(
     mapped = mapped and _is_zip(path) and path.suffix != ".safetensors"
     # What can be read as data is, trusted or not: the stand-ins need none of the libraries that the file names.
     for as_data in (True, False) if trust else (True,):
-        with _only_admitting(*STAND_INS, *admit), _obeying(weights_only=as_data), path.open("rb") as file:
+        narrowed = _only_admitting(*STAND_INS, *admit)
+        with _ONE_AT_A_TIME, narrowed, _obeying(weights_only=as_data), path.open("rb") as file:
             try:
                 source = path if mapped else file
                 return torch.load(source, map_location=map_location, weights_only=as_data, mmap=mapped)
@@ -191,12 +193,19 @@ def check_sha256(path: Path, expected: str) -> None:
     """Raises ValueError unless the file's SHA-256 starts with `expected` (at least 8 hexadecimal digits)."""
     if not re.fullmatch(r"[0-9a-fA-F]{8,64}", expected):
         raise ValueError(f"sha256={expected!r}: expected 8 to 64 hexadecimal digits")
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(1 << 20):
+            digest.update(part)
+    found = digest.hexdigest()
     if not found.startswith(expected.lower()):
         raise ValueError(
             f"{path} has SHA-256 {found}, expected {expected}: it is damaged or not the file that was meant"
         )
+
+
+_ONE_AT_A_TIME = threading.RLock()
+"""Both of the following change what is one for the process."""
 
 
 @contextmanager

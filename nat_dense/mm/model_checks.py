@@ -5,7 +5,6 @@ import importlib.util
 import inspect
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from mmengine.config import Config
@@ -13,6 +12,7 @@ from mmengine.registry import DATASETS, MODELS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nat_dense.checkpoints.download import local
 from nat_dense.checkpoints.names import URLS
 from nat_dense.mm.build_errors import naming_parts, parts_of
 from nat_dense.mm.errors import did_you_mean
@@ -83,7 +83,7 @@ def _check_source(source: str, name: str, field: str) -> None:
             f"{name}={source!r}: MMEngine reads this through torchvision, which is not installed. Install the release "
             f"that fits torch {torch.__version__}, or name a file or an address; {field}=None trains from scratch."
         )
-    if "://" not in source and source not in URLS and not Path(source).expanduser().exists():
+    if "://" not in source and source not in URLS and not local(source):
         raise FileNotFoundError(
             f"{name}: no file {source!r}.{did_you_mean(source, URLS)} {field}=None trains from scratch."
         )
@@ -108,7 +108,7 @@ def fetch_initial_weights(model: nn.Module) -> None:
 def _load_initial_weights(model: nn.Module, on_disk: bool) -> None:
     """Loads them into our backbones of a model that is not kept, for the errors that this may raise."""
     for module, initializer in _initializers(model):
-        if Path(initializer.checkpoint).exists() == on_disk:
+        if (local(initializer.checkpoint) is not None) == on_disk:
             initializer.load_into(module)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmengine.logging import print_log
@@ -83,11 +82,12 @@ class Pretrained:
 
     def _file_is_ours(self) -> bool:
         from nat_dense.checkpoints import fetch, read
+        from nat_dense.checkpoints.download import local
         from nat_dense.checkpoints.layout import find_backbones, unwrap
         from nat_dense.checkpoints.names import URLS
 
         # Any other address holds a stock model, and MMEngine has a cache of its own.
-        if not (Path(self.checkpoint).exists() or self.checkpoint in {*URLS, *URLS.values()}):
+        if not (local(self.checkpoint) or self.checkpoint in {*URLS, *URLS.values()}):
             return False
         try:
             checkpoint = read(fetch(self.checkpoint), **self.reading)

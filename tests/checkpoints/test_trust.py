@@ -1,6 +1,7 @@
 """`--trust`: the one way to let a checkpoint run code, for every command that reads one."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,16 @@ def test_what_mmengine_loads(tmp_path, trust):
     assert os.environ[FORCED] == "1"
     with pytest.raises(Exception, match="Weights only load failed"):
         torch.load(path, weights_only=False)
+
+
+def test_threads_that_read_leave_nothing_behind(tmp_path):
+    """What a file may name is one list for the process, which reading narrows for a moment."""
+    torch.save(dict(state_dict=tiny().state_dict(), meta=dict(epoch=1)), tmp_path / "x.pth")
+    admitted = torch.serialization.get_safe_globals()
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda _: len(read(tmp_path / "x.pth").tensors), range(120)))
+    assert set(found) == {len(tiny().state_dict())}
+    assert torch.serialization.get_safe_globals() == admitted
 
 
 @pytest.mark.parametrize("fields", [dict(resume=True), dict(resume=False)])
