@@ -10,9 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmdet.apis import inference_detector, init_detector
+from mmengine.config import Config, ConfigDict
+from mmseg.apis import inference_model, init_model
 from PIL import Image
 
 from nat_dense.checkpoints import read
+from nat_dense.mm.config import load_config
+from nat_dense.mm.options import set_out
 from tests.mm.small import (
     DETECTOR,
     REPOSITORY,
@@ -20,6 +25,7 @@ from tests.mm.small import (
     ade_options,
     coco_options,
     load_tool,
+    parse_options,
     scalars,
     write_ade,
     write_coco,
@@ -82,6 +88,13 @@ def test_test_detector_repeats_the_validation_and_writes_pictures_and_prediction
     predictions = pickle.loads(out.read_bytes())  # written by this test
     assert [p["img_id"] for p in predictions] == [0, 1]
     assert {"bboxes", "scores", "labels", "masks"} <= set(predictions[0]["pred_instances"])
+    cfg = load_config(DETECTOR, parse_options(options))
+    model = init_detector(cfg, str(run / "epoch_1.pth"), device="cpu")
+    for i, prediction in enumerate(predictions):
+        image = Path(cfg.val_dataloader.dataset.data_root) / "val2017" / f"{i}.jpg"
+        expected = inference_detector(model, str(image)).pred_instances
+        torch.testing.assert_close(prediction["pred_instances"]["scores"], expected.scores)
+        torch.testing.assert_close(prediction["pred_instances"]["bboxes"], expected.bboxes)
     assert sorted(path.name for path in pictures.iterdir()) == ["0.jpg", "1.jpg"]
     before = {path: path.read_bytes() for path in (out, *pictures.iterdir())}
     for argument in (arguments[2:4], arguments[4:6], ["--show-dir", str(out)], ["--show-dir", str(out / "below")]):
@@ -100,8 +113,23 @@ def test_test_segmentor_repeats_the_validation_and_writes_pictures_and_predictio
     assert metrics["mIoU"] == pytest.approx(logged["mIoU"], abs=1e-9)
     labels = np.asarray(Image.open(out / "0.png"))
     assert labels.shape == (64, 96)
-    assert 1 <= labels.min() <= labels.max() <= 150
+    cfg = load_config(SEGMENTOR, parse_options(options))
+    image = Path(cfg.val_dataloader.dataset.data_root) / "images/validation/0.jpg"
+    cfg.test_pipeline = cfg.test_dataloader.dataset.pipeline  # MMSegmentation's API reads the variable
+    expected = inference_model(init_model(cfg, str(run / "iter_2.pth"), device="cpu"), str(image)).pred_sem_seg.data[0]
+    assert np.array_equal(labels, expected.numpy() + 1)  # 0 is void
+    assert len(np.unique(labels)) > 1
     assert len(list(pictures.iterdir())) == 1
+
+
+def test_predictions_beside_a_metric_for_each_dataset(tmp_path):
+    """One that is added would be left out, as there are as many metrics as datasets."""
+    metrics = [dict(type="CocoMetric", ann_file="a.json"), dict(type="CocoMetric", ann_file="b.json")]
+    evaluator = dict(type="MultiDatasetsEvaluator", metrics=metrics, dataset_prefixes=["a", "b"])
+    cfg = Config(dict(default_scope="mmdet", test_evaluator=evaluator))
+    with pytest.raises(ValueError, match=r"MultiDatasetsEvaluator has a metric a dataset, .* one by one"):
+        set_out(cfg, str(tmp_path / "x.pkl"))
+    assert cfg.test_evaluator == ConfigDict(evaluator)
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -35,7 +35,7 @@ def check_coco_file(file: Path, name: str, masks: bool, annotated: bool = True) 
     if not file.is_file():
         raise FileNotFoundError(f"{name}: no file {str(file)!r}.")
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{name}: {str(file)!r} is not JSON ({error}).") from error
     for key, fields in REQUIRED.items():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.fileio import list_dir_or_file
 from mmengine.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
 from torch.utils.data import DataLoader
 
@@ -56,8 +57,8 @@ def without_images(dataset: dict, paths: list[str]) -> Any:
     """
     built = DATASETS.build(dataset)
     built.full_init()
-    left_out = set(paths)
-    built.get_subset_([i for i in range(len(built)) if built.get_data_info(i)["img_path"] not in left_out])
+    left_out = {Path(path) for path in paths}  # of which libraries write one as "./x.jpg"
+    built.get_subset_([i for i in range(len(built)) if Path(built.get_data_info(i)["img_path"]) not in left_out])
     return built
 
 
@@ -185,8 +186,9 @@ def read_choices(cfg: Config) -> dict[str, str]:
 
 def _find_pictures(source: Source, checks: dict[str, str], annotated: bool) -> tuple[list[Picture], list[str]]:
     """The images of a dataset whose form is known, and warnings for the user."""
-    root = source.cfg.get("data_root")
-    if source.cfg.get("backend_args") or "://" in (root or ""):
+    root, prefix = source.cfg.get("data_root"), source.cfg.get("data_prefix") or {}
+    places = (root, source.argument("ann_file"), *prefix.values())
+    if source.cfg.get("backend_args") or any("://" in str(place) for place in places):
         return [], []  # Remote storage: looking up every file would take longer than finding out.
     if root and not Path(root).is_dir():
         raise FileNotFoundError(
@@ -194,7 +196,6 @@ def _find_pictures(source: Source, checks: dict[str, str], annotated: bool) -> t
         )
     if source.cfg.get("indices") in (0, [], ()):
         raise ValueError(f"{source.name}.indices is {source.cfg['indices']!r}: no image is left.")
-    prefix = source.cfg.get("data_prefix") or {}
     if source.reader == COCO_DATASET:
         filters = source.cfg.get("filter_cfg") or {}
         check_fields(f"{source.name}.filter_cfg", source.cls.__name__, filters, FILTERS)
@@ -204,13 +205,17 @@ def _find_pictures(source: Source, checks: dict[str, str], annotated: bool) -> t
         content = check_coco_file(file, f"{source.name}.ann_file", masks, annotated)
         check_categories(content, source.classes, str(file), ignore_others=checks["other_classes"] == "ignore")
         trains = not source.argument("test_mode")
-        if filters.get("filter_empty_gt") and trains and not content["annotations"]:
-            raise ValueError(
-                f"{source.name}.ann_file: {str(file)!r} has no annotations, and filter_cfg.filter_empty_gt leaves out "
-                "images without any: none is left."
-            )
         where = f"{source.name}.ann_file: {str(file)!r}"
         known = of_classes(content, source.classes)
+        if filters.get("filter_empty_gt") and trains and not known["annotations"]:
+            of = " of the config's classes" if content["annotations"] else ""
+            raise ValueError(
+                f"{where} has no annotations{of}, and filter_cfg.filter_empty_gt leaves out images without any: none "
+                "is left."
+            )
+        least = filters.get("min_size", 0)
+        if trains and all(min(image["width"], image["height"]) < least for image in content["images"]):
+            raise ValueError(f"{where}: filter_cfg.min_size={least} leaves out smaller images: none is left.")
         notices = check_boxes(known, where) if trains else []
         if trains and masks:
             notices += check_outlines(known, where)
@@ -239,9 +244,10 @@ def _segmentation_pictures(source: Source, images: Path, labels: Path | None) ->
         file = source.path(listed)
         if not file.is_file():
             raise FileNotFoundError(f"{source.name}.ann_file: no file {str(file)!r}.")
-        names = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     else:
-        names = [str(path.relative_to(images))[: -len(suffix)] for path in sorted(images.rglob(f"*{suffix}"))]
+        found = list_dir_or_file(str(images), list_dir=False, suffix=suffix, recursive=True)  # as MMSegmentation does
+        names = sorted(name[: -len(suffix)] for name in found)
     if not names:
         raise ValueError(f"{source.name}: {str(images)!r} holds no *{suffix} file (img_suffix).")
     return [
@@ -250,13 +256,18 @@ def _segmentation_pictures(source: Source, images: Path, labels: Path | None) ->
 
 
 def _expected_channels(cfg: Config, source: Source) -> int:
-    color_type = source.transform("LoadImageFromFile").get("color_type", "color")
-    expected = len((cfg.model.get("data_preprocessor") or {}).get("mean") or (0, 0, 0))
+    """The channels that a file must have for the model; 0 where the loader converts, or isn't known."""
+    loader, backbone = source.transform("LoadImageFromFile"), cfg.model.get("backbone") or {}
+    if not loader:
+        return 0
+    color_type = loader.get("color_type", "color")
+    mean = (cfg.model.get("data_preprocessor") or {}).get("mean")
+    expected = len(mean) if mean else backbone.get("in_chans", backbone.get("in_channels", 3))
     loaded = CHANNELS.get(color_type)
     if loaded is not None and loaded != expected:
         raise ValueError(
-            f"{source.name}: LoadImageFromFile(color_type={color_type!r}) gives {loaded} channels, the model's "
-            f"data_preprocessor takes {expected}."
+            f"{source.name}: LoadImageFromFile(color_type={color_type!r}) gives {loaded} channels, the model takes "
+            f"{expected}."
         )
     return 0 if loaded is not None else expected
 

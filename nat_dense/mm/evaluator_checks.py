@@ -12,7 +12,7 @@ from mmengine.runner import ValLoop
 from nat_dense.mm.coco_file import check_coco_file
 from nat_dense.mm.config import evaluators
 from nat_dense.mm.errors import did_you_mean
-from nat_dense.mm.fields import check_node, class_of
+from nat_dense.mm.fields import check_node, class_of, type_name
 from nat_dense.mm.sources import COCO_DATASET, Source, sources_of
 
 COCO_SCORES = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
@@ -98,7 +98,7 @@ def check_evaluators(cfg: Config, loader: str) -> None:
             raise FileNotFoundError(
                 f"{name}.ann_file: no file {file!r}. Set it with --cfg-options {name}.ann_file=FILE."
             )
-        if str(evaluator.get("type")).endswith("CocoMetric") and len(found) == 1:
+        if type_name(evaluator).endswith("CocoMetric") and len(found) == 1:
             _check_same_images(Path(file), f"{name}.ann_file", found[0], is_scored(cfg, loader))
     if loader == "val_dataloader" and scores and _names_scores_plainly(cfg):
         _check_best(cfg, scores)

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mmengine.hooks import CheckpointHook
@@ -34,6 +34,12 @@ def dicts_in(
     if children and enters(name, node):
         for key, child in children:
             yield from dicts_in(child, f"{name}.{key}", enters)
+
+
+def type_name(node: Mapping[str, Any]) -> str:
+    """The class that a part of a config names, or is made of, without its scope; empty where it names none."""
+    found = node.get("type") or ""
+    return (found if isinstance(found, str) else found.__name__).rpartition(".")[2]
 
 
 def class_of(node: dict, registry: Registry) -> Any:

@@ -179,7 +179,7 @@ def _weighty(model: nn.Module) -> list[str]:
 
 def _parts(model: Any, height: int, width: int) -> Iterator[Part]:
     mean = getattr(getattr(model, "data_preprocessor", None), "mean", None)
-    channels = 3 if mean is None else mean.numel()
+    channels = getattr(model.backbone, "in_chans", 3) if mean is None else mean.numel()
     image = torch.empty(1, channels, height, width, device="meta")
     part, maps = _count("backbone", model.backbone, lambda: model.backbone(image))
     yield part

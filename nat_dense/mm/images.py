@@ -14,7 +14,7 @@ SAMPLE = 500
 EXIF_ORIENTATION = 274
 """The EXIF tag that says how a photo is turned; from 5 on its width and height change places."""
 
-CHANNELS = {"color": 3, "grayscale": 1}
+CHANNELS = {"color": 3, "color_ignore_orientation": 3, "grayscale": 1, "grayscale_ignore_orientation": 1}
 """Channels that mmcv's `LoadImageFromFile` gives for each `color_type`; "unchanged" gives those of the file."""
 
 
@@ -80,6 +80,8 @@ def _image_fault(picture: Picture, channels: int) -> str | None:
             # Reading all of a JPEG at an eighth of its size finds truncated files at a fraction of the cost.
             image.draft(None, (width // 8, height // 8))
             image.load()
+    except Image.DecompressionBombError:  # more pixels than Pillow opens; OpenCV may
+        return None
     except Exception as error:  # Pillow's decoders raise whatever the bytes lead them to.
         return f"can't be decoded ({error})"
     if picture.size and picture.size != (width, height):
@@ -118,6 +120,8 @@ def _label_fault(picture: Picture, allowed: Sequence[int]) -> str | None:
     try:
         with Image.open(picture.label) as label, Image.open(picture.path) as image:
             values, size, image_size = np.asarray(label), label.size, _upright_size(image)
+    except Image.DecompressionBombError:
+        return None
     except Exception as error:  # Pillow's decoders raise whatever the bytes lead them to.
         return f"{picture.label}: can't be decoded ({error})"
     if values.ndim != 2:

@@ -16,7 +16,7 @@ from nat_dense.checkpoints.download import local
 from nat_dense.checkpoints.names import URLS
 from nat_dense.mm.build_errors import naming_parts, parts_of
 from nat_dense.mm.errors import did_you_mean
-from nat_dense.mm.fields import check_object, class_of, dicts_in
+from nat_dense.mm.fields import check_object, class_of, dicts_in, type_name
 from nat_dense.mm.free_fields import check_free_fields
 from nat_dense.mm.pretrained import Pretrained, through_this_door
 from nat_dense.models.backbone import NeighborhoodBackbone
@@ -64,7 +64,7 @@ def check_model(cfg: Config, *, training: bool = True) -> tuple[nn.Module, list[
     if training:
         _load_initial_weights(model, on_disk=True)
     if training and cfg.get("train_dataloader"):
-        _check_batch_norm(model, cfg.train_dataloader.get("batch_size"))
+        _check_batch_norm(model, cfg.train_dataloader.get("batch_size", 1))
     return model, warnings + _check_dilations(cfg)
 
 
@@ -129,7 +129,7 @@ def _check_channels(model: nn.Module) -> None:
     if not isinstance(backbone, NeighborhoodBackbone):
         return
     mean = getattr(getattr(model, "data_preprocessor", None), "mean", None)
-    image = torch.zeros(1, 3 if mean is None else mean.numel(), 32, 32)
+    image = torch.zeros(1, backbone.in_chans if mean is None else mean.numel(), 32, 32)
     backbone.eval()
     with torch.no_grad():
         maps = backbone(image)
@@ -164,7 +164,7 @@ def _check_in_channels(name: str, module: nn.Module | None, widths: list[int]) -
         raise ValueError(f"model.{name}.in_channels is {expected}, but the backbone's maps have {found} channels.")
 
 
-def _check_batch_norm(model: nn.Module, batch_size: int | None) -> None:
+def _check_batch_norm(model: nn.Module, batch_size: int) -> None:
     name = _norm_of_one_place(model)
     if batch_size == 1 and name:
         raise ValueError(
@@ -187,15 +187,16 @@ def check_last_batch(cfg: Config, model: nn.Module) -> None:
     loader = cfg.get("train_dataloader")
     if not loader or loader.get("drop_last") or loader.get("batch_sampler"):
         return
-    if not str((loader.get("sampler") or {}).get("type")).endswith("DefaultSampler"):
+    if type_name(loader.get("sampler") or {}) != "DefaultSampler":
         return
     name = _norm_of_one_place(model)
     if name is None:
         return
     images, processes = len(DATASETS.build(copy.deepcopy(loader.dataset))), int(os.environ.get("WORLD_SIZE", "1"))
-    if -(-images // processes) % loader.batch_size == 1:
+    batch_size = loader.get("batch_size", 1)
+    if batch_size > 1 and -(-images // processes) % batch_size == 1:
         raise ValueError(
-            f"train_dataloader: with batch_size={loader.batch_size} the last of {images} images (in {processes} "
+            f"train_dataloader: with batch_size={batch_size} the last of {images} images (in {processes} "
             f"process(es)) is a batch of its own, but {name} applies batch norm to a 1x1 map, and with one image there "
             "is nothing to normalise over. Set train_dataloader.drop_last=True, or another batch_size."
         )

@@ -7,6 +7,7 @@ from mmengine.config import Config, ConfigDict, DictAction
 
 from nat_dense.checkpoints.writing import make_empty_folder
 from nat_dense.mm.config import evaluators
+from nat_dense.mm.fields import type_name
 from nat_dense.mm.pipelines import datasets_of, is_wrapper
 
 FLIP_META = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
@@ -52,8 +53,8 @@ def enable_amp(cfg: Config) -> None:
     Raises:
         ValueError: the config's optimizer wrapper is neither the plain nor the mixed-precision one.
     """
-    found = cfg.optim_wrapper.get("type", "OptimWrapper")
-    if found not in ("OptimWrapper", "AmpOptimWrapper"):
+    found = type_name(cfg.optim_wrapper)
+    if found not in ("", "OptimWrapper", "AmpOptimWrapper"):
         raise ValueError(
             f"--amp replaces OptimWrapper, but the config's optim_wrapper.type is {found!r}; set AMP in the config."
         )
@@ -89,7 +90,7 @@ def set_show_dir(cfg: Config, show_dir: str) -> None:
     _make_empty_folder("--show-dir", show_dir)
     hook.draw = True
     folder = str(Path(show_dir).absolute())
-    if hook.type == "DetVisualizationHook":
+    if type_name(hook) == "DetVisualizationHook":
         hook.test_out_dir = folder
     else:
         cfg.visualizer.vis_backends = [dict(type="LocalVisBackend", img_save_dir=folder)]
@@ -100,9 +101,9 @@ def set_out(cfg: Config, out: str) -> None:
 
     Raises:
         OSError: there is such a file, the directory holds something, or can't be written to.
-        ValueError: the path doesn't fit the task.
+        ValueError: the path doesn't fit the task, or no evaluator can be added to the config's.
     """
-    written = evaluators(cfg, "test_dataloader")
+    written, own = evaluators(cfg, "test_dataloader"), cfg.get("test_evaluator")
     is_pickle = Path(out).suffix in (".pkl", ".pickle")
     if cfg.get("default_scope") == "mmseg":
         if is_pickle:
@@ -111,12 +112,17 @@ def set_out(cfg: Config, out: str) -> None:
         written[0].output_dir = out
     elif not is_pickle:
         raise ValueError(f"--out {out}: predictions of a detector are a pickle; name a .pkl file.")
+    elif isinstance(own, dict) and type_name(own) not in ("", "Evaluator") and "metrics" in own:
+        raise ValueError(
+            f"--out {out}: {type_name(own)} has a metric a dataset, and takes none for the predictions on all of them; "
+            "test the datasets one by one."
+        )
     elif Path(out).exists():
         raise FileExistsError(f"--out {out}: there is such a file, which is not overwritten; name another.")
     else:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         written.append(dict(type="DumpDetResults", out_file_path=out))
-    cfg.test_evaluator = written
+        cfg.test_evaluator = written
 
 
 def _make_empty_folder(option: str, folder: str) -> None:
@@ -149,7 +155,7 @@ def enable_tta(cfg: Config) -> list[str]:
         cfg.tta_model = dict(type="DetTTAModel", tta_cfg=dict(nms=nms, max_per_img=100))
     for _, config in tested:
         config["pipeline"] = cfg.tta_pipeline if has_recipe else [*config["pipeline"][:-1], _flip_and_pack()]
-    if cfg.tta_model.type == "DetTTAModel":
+    if type_name(cfg.tta_model) == "DetTTAModel":
         has_masks = bool(cfg.model.get("roi_head", {}).get("mask_head"))
         if has_masks:
             cfg.model.roi_head.update(mask_head=None, mask_roi_extractor=None)

@@ -8,7 +8,7 @@ from typing import Any
 
 from mmengine.registry import DATASETS
 
-from nat_dense.mm.fields import known_class
+from nat_dense.mm.fields import known_class, type_name
 from nat_dense.mm.pipelines import datasets_of, is_wrapper
 
 COCO_DATASET = "mmdet.datasets.coco.CocoDataset"
@@ -60,7 +60,7 @@ class Source:
 
     def transforms(self, name: str) -> list[dict]:
         """The configs of the transforms of this type in the pipeline, but for those inside of others."""
-        return [t for t in self.cfg.get("pipeline") or [] if isinstance(t, dict) and t.get("type") == name]
+        return [t for t in self.cfg.get("pipeline") or [] if isinstance(t, dict) and type_name(t) == name]
 
     def transform(self, name: str) -> dict:
         """The first of them, or an empty one."""

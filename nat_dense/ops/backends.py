@@ -61,7 +61,7 @@ def select(problem: Problem, name: str = "auto") -> tuple[Backend, str]:
         RuntimeError: The named back end can't run this problem; a named one never falls back.
     """
     if name == "auto":
-        name = os.environ.get(FORCE_VARIABLE, "auto")
+        name = os.environ.get(FORCE_VARIABLE) or "auto"
     check_name(name)
     if name == "auto":
         return next((row, "") for row in TABLE if row.why_not(problem, "") is None)

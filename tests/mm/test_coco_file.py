@@ -24,6 +24,26 @@ def test_boxes_that_are_not_trained_with(coco, bbox, area):
     assert check_data(cfg, TRAIN) == []
 
 
+def test_a_mark_of_the_byte_order(coco):
+    """Which Windows puts before a text, and MMDetection doesn't read."""
+    cfg, root = coco
+    file = root / "annotations" / "instances_train2017.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert "is not JSON (Unexpected UTF-8 BOM" in message(ValueError, cfg)
+
+
+def test_no_image_that_filters_leave(coco):
+    cfg, _ = coco
+    cfg.train_dataloader.dataset.filter_cfg.min_size = 65
+    assert "filter_cfg.min_size=65 leaves out smaller images: none is left" in message(ValueError, cfg)
+    cfg.train_dataloader.dataset.filter_cfg.min_size = 64
+    assert check_data(cfg, TRAIN) == []
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        loader.dataset.metainfo = dict(classes=("dog",))
+    cfg.data_checks = dict(other_classes="ignore")
+    assert "has no annotations of the config's classes, and filter_cfg.filter_empty_gt" in message(ValueError, cfg)
+
+
 def test_boxes_as_fractions_of_the_image(coco):
     cfg, root = coco
     edit_annotations(root, lambda c: [a.update(bbox=[0.1, 0.1, 0.5, 0.5]) for a in c["annotations"]])

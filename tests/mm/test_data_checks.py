@@ -133,6 +133,42 @@ def test_skipped_images_of_a_dataset_with_classes_of_its_own(tmp_path):
     assert "has 2 classes (bolt; nut). Set num_classes=2" in message(ValueError, cfg)
 
 
+@pytest.mark.parametrize("root", ["./data/", "data//", "data/../data"])
+def test_skipped_images_under_paths_of_any_form(tmp_path, monkeypatch, root):
+    """What is left out is compared with what MMDetection joins, which it leaves as it is."""
+    init_default_scope("mmdet")
+    write_coco(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    cfg = load_config(DETECTOR, parse_options(coco_options(Path("data"))))
+    cfg.train_dataloader.dataset.data_root = root
+    Path("data/train2017/2.jpg").unlink()
+    cfg.data_checks = dict(bad_images="skip")
+    check_data(cfg, ("train_dataloader",))
+    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    assert [Path(dataset.get_data_info(i)["img_path"]).name for i in range(3)] == ["0.jpg", "1.jpg", "3.jpg"]
+    assert len(dataset) == 3
+
+
+def test_images_larger_than_pillow_opens(coco, monkeypatch):
+    """OpenCV, which loads them, has another limit."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert check_data(coco[0], TRAIN) == []
+
+
+def test_the_images_of_a_segmentor_are_those_that_mmsegmentation_finds(ade):
+    cfg, root = ade
+    images, labels = root / "images/training", root / "annotations/training"
+    (images / "._0.jpg").write_bytes(b"what macOS leaves beside a file")
+    for folder in (images, labels):
+        shutil.move(folder, folder.with_name("elsewhere"))
+        folder.mkdir()
+        (folder / "linked").symlink_to(folder.with_name("elsewhere"))
+    assert check_data(cfg, ("train_dataloader",)) == []
+    assert len(DATASETS.build(cfg.train_dataloader.dataset)) == 4
+    (images / "linked/1.jpg").write_bytes(b"")
+    assert "1.jpg: an empty file" in message(ValueError, cfg)
+
+
 def test_skipped_images_of_a_segmentor(ade):
     cfg, root = ade
     (root / "images/training/0.jpg").write_bytes(b"")
@@ -208,7 +244,28 @@ def test_images_of_four_channels(coco):
     Image.open(root / "train2017" / "0.jpg").convert("RGBA").save(root / "train2017" / "0.jpg", "PNG")
     assert "has 4 channels, the model takes 3" in message(ValueError, cfg)
     cfg.train_dataloader.dataset.pipeline[0].color_type = "grayscale"
-    assert "gives 1 channels, the model's data_preprocessor takes 3" in message(ValueError, cfg)
+    assert "gives 1 channels, the model takes 3" in message(ValueError, cfg)
+
+
+def test_channels_that_nothing_says(coco):
+    """Models that normalise in the pipeline have no mean; loaders of other kinds give what they like."""
+    cfg, root = coco
+    for file in (root / "train2017").iterdir():
+        Image.open(file).convert("RGBA").save(file, "PNG")
+    loader = cfg.train_dataloader.dataset.pipeline[0]
+    loader.color_type = "unchanged"
+    cfg.model.data_preprocessor.mean = cfg.model.data_preprocessor.std = None
+    cfg.model.backbone.in_chans = 4
+    assert check_data(cfg, ("train_dataloader",)) == []
+    cfg.model.data_preprocessor.mean = [0] * 5
+    assert "has 4 channels, the model takes 5" in message(ValueError, cfg)
+    cfg.train_dataloader.dataset.pipeline[0] = dict(type="LoadMultiChannelImageFromFiles")
+    assert check_data(cfg, ("train_dataloader",)) == []
+    cfg.train_dataloader.dataset.pipeline[0] = loader
+    cfg.model.data_preprocessor.mean = [0] * 3
+    loader.color_type = "color_ignore_orientation"
+    Image.open(root / "train2017" / "0.jpg").convert("L").save(root / "train2017" / "0.jpg", "PNG")
+    assert check_data(cfg, ("train_dataloader",)) == []
 
 
 @pytest.mark.parametrize(
@@ -248,6 +305,10 @@ def test_remote_data_is_left_to_its_file_backend(coco):
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         loader.dataset.data_root = "s3://bucket/coco"
     cfg.val_evaluator.ann_file = "s3://bucket/coco/annotations.json"
+    assert check_data(cfg, TRAIN) == []
+    train = cfg.train_dataloader.dataset
+    train.data_root = None
+    train.update(ann_file="http://server/coco.json", data_prefix=dict(img="http://server/images/"))
     assert check_data(cfg, TRAIN) == []
 
 

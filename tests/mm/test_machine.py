@@ -5,13 +5,16 @@ import subprocess
 import sys
 
 import pytest
+from mmdet.evaluation import CocoMetric
 from mmengine.config import Config
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from nat_dense.mm import machine, runner
 from nat_dense.mm.config import load_config
 from nat_dense.mm.machine import fit_to_machine
+from nat_dense.mm.options import enable_amp
 from nat_dense.mm.processes import VARIABLES
 from tests.mm.small import DETECTOR, SEGMENTOR
 
@@ -54,6 +57,22 @@ def test_sync_batch_norm_of_several_processes_stays(device):
     cfg = load_config(SEGMENTOR, {"launcher": "pytorch"})
     fit_to_machine(cfg)
     assert cfg.model.decode_head.norm_cfg.type == "SyncBN"
+
+
+def test_classes_in_place_of_their_names(device):
+    """As configs hold them that import what they use."""
+    device("cpu")
+    evaluator = dict(type=CocoMetric, ann_file="x.json")
+    norm = dict(type=nn.SyncBatchNorm)
+    cfg = Config(dict(default_scope="mmdet", optim_wrapper=dict(type=AmpOptimWrapper, loss_scale="dynamic")))
+    cfg.merge_from_dict(dict(model=dict(norm_cfg=norm), val_evaluator=evaluator))
+    notices = fit_to_machine(cfg)
+    assert [cfg.optim_wrapper, cfg.model.norm_cfg.type] == [dict(type="OptimWrapper"), "BN"]
+    assert cfg.val_evaluator.type == "FasterCocoMetric"
+    assert len(notices) == 2
+    cfg.optim_wrapper.type = OptimWrapper
+    enable_amp(cfg)
+    assert cfg.optim_wrapper.type == "AmpOptimWrapper"
 
 
 def test_slurm_needs_gpus(device):

@@ -212,6 +212,24 @@ def test_batch_norm_with_one_image_left_over(tmp_path, monkeypatch, images, batc
     check_last_batch(cfg, model)
 
 
+def test_batches_of_one_image_where_no_size_is_given(tmp_path):
+    cfg = segmentor(*ade_options(write_ade(tmp_path / "ade")))
+    del cfg.train_dataloader.batch_size
+    cfg.train_dataloader.sampler = dict(type="DefaultSampler", shuffle=True)
+    fit_to_machine(cfg)
+    with pytest.raises(ValueError, match="batch_size is 1, but"):
+        check_model(cfg)
+    cfg.model.decode_head.norm_cfg = cfg.model.auxiliary_head.norm_cfg = dict(type="GN", num_groups=4)
+    check_last_batch(cfg, check_model(cfg)[0])
+
+
+def test_four_channels_without_a_mean():
+    cfg = detector("model.backbone.in_chans=4")
+    cfg.model.data_preprocessor.mean = cfg.model.data_preprocessor.std = None
+    check_model(cfg)
+    count_config(cfg, 64, 64)
+
+
 def test_torch_fails_late_on_batch_norm_with_one_image():
     """Why it is refused: nothing but the first training step would tell."""
     model, _ = check_model(segmentor())

@@ -81,6 +81,8 @@ def test_environment_forces_a_backend(monkeypatch):
         call()
     monkeypatch.setenv(backends.FORCE_VARIABLE, "reference")
     torch.testing.assert_close(call(), call(backend="reference"), rtol=0, atol=0)
+    monkeypatch.setenv(backends.FORCE_VARIABLE, "")  # as `NAT_DENSE_BACKEND= python ...` does
+    torch.testing.assert_close(call(), call(backend="auto"), rtol=0, atol=0)
 
 
 def test_report_lists_the_table_in_order():

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nat_dense.mm.fields import type_name
 from nat_dense.mm.machine import replace_sync_norms
 from nat_dense.mm.meta import build_on_meta
-from nat_dense.mm.swap.refusals import IMAGE_CHANNELS, SwapRefusedError, type_name
+from nat_dense.mm.swap.refusals import IMAGE_CHANNELS, SwapRefusedError
 
 STRIDES = (4, 8, 16, 32)
 """Of the stages of NAT, DiNAT and DiNAT_s, in pixels."""

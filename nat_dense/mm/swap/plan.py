@@ -11,9 +11,10 @@ from typing import Any, Literal
 from mmengine.config import Config
 
 from nat_dense.mm.errors import did_you_mean
+from nat_dense.mm.fields import type_name
 from nat_dense.mm.swap.changes import Change, changes_between
 from nat_dense.mm.swap.maps import STRIDES, FeatureMap, choose_stages, measure
-from nat_dense.mm.swap.refusals import SwapRefusedError, check_model, segments, type_name
+from nat_dense.mm.swap.refusals import SwapRefusedError, check_model, segments
 from nat_dense.mm.swap.training import (
     adapt_decay,
     adapt_normalisation,

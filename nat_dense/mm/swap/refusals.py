@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from nat_dense.mm.fields import type_name
+
 
 class SwapRefusedError(ValueError):
     """The backbone of this config can't be exchanged; the message says why."""
@@ -81,12 +83,6 @@ def check_model(model: Mapping[str, Any]) -> None:
     channels = backbone.get("in_channels", backbone.get("in_chans", IMAGE_CHANNELS))
     if channels != IMAGE_CHANNELS:
         raise SwapRefusedError(f"model.backbone takes {channels} channels; expected pictures of {IMAGE_CHANNELS}.")
-
-
-def type_name(node: Mapping[str, Any]) -> str:
-    """The class that a part of a config names, without its scope."""
-    found = node.get("type", "")
-    return (found if isinstance(found, str) else found.__name__).rpartition(".")[2]
 
 
 def segments(model: Mapping[str, Any]) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nat_dense.mm.swap.refusals import segments, type_name
+from nat_dense.mm.fields import type_name
+from nat_dense.mm.swap.refusals import segments
 from nat_dense.models.variants import Variant
 
 MEAN = [123.675, 116.28, 103.53]

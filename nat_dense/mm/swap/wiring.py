@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nat_dense.mm.swap.refusals import SwapRefusedError, as_list, segments, type_name
+from nat_dense.mm.fields import type_name
+from nat_dense.mm.swap.refusals import SwapRefusedError, as_list, segments
 
 SEGMENTATION_HEADS = ("decode_head", "auxiliary_head")
 
