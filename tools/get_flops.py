@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nat_dense.checkpoints.writing import atomic, check_folder, check_free
+from nat_dense.files import atomic, check_folder, check_free
 from nat_dense.mm.errors import one_line_errors
 from nat_dense.mm.flops import count_config
 from nat_dense.mm.options import KeyValues

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors("published_costs.py"):
         table = markdown_table(count_published())
         if args.write:
-            DOCUMENT.write_text(with_table(DOCUMENT.read_text(), table))
+            DOCUMENT.write_text(with_table(DOCUMENT.read_text(encoding="utf-8"), table), encoding="utf-8")
         else:
             print(table, end="")
 

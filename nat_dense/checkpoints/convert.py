@@ -17,7 +17,8 @@ from nat_dense.checkpoints.layout import Architecture, Layout, architecture_of
 from nat_dense.checkpoints.loading import Report, open_checkpoint
 from nat_dense.checkpoints.matching import Match, check_finite, is_ema_copy, match
 from nat_dense.checkpoints.reading import Checkpoint
-from nat_dense.checkpoints.writing import atomic, check_folder, check_free, check_suffix, save
+from nat_dense.checkpoints.writing import check_suffix, save
+from nat_dense.files import atomic, check_folder, check_free
 from nat_dense.models import NAT, DiNAT_s, DiNATsClassifier, NATClassifier
 from nat_dense.models.variants import dilations_for
 

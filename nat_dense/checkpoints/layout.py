@@ -202,7 +202,6 @@ def architecture_of(backbone: Mapping[str, Tensor]) -> Architecture:
     ]
     stem = shape("patch_embed.proj.0.weight") or shape("patch_embed.proj.weight")
     width = shape("patch_embed.norm.weight")
-    hidden = shape(f"{stages}.0.blocks.0.mlp.fc1.weight")
     head = shape("head.weight")
     kernel = next((rpb[1] for rpb in rpbs if rpb is not None and len(rpb) == 3), None)
     return Architecture(
@@ -210,7 +209,7 @@ def architecture_of(backbone: Mapping[str, Tensor]) -> Architecture:
         embed_dim=width[0] if width else None,
         depths=depths,
         num_heads=tuple(rpb[0] if rpb else None for rpb in rpbs),
-        mlp_ratio=hidden[0] / hidden[1] if hidden and len(hidden) == 2 else None,
+        mlp_ratio=_mlp_ratio(backbone, stages, len(depths)),
         kernel_size=(kernel + 1) // 2 if kernel else None,
         layer_scale=any(name.endswith(".gamma1") for name in backbone),
         qkv_bias=any(name.endswith(".attn.qkv.bias") for name in backbone),
@@ -218,6 +217,17 @@ def architecture_of(backbone: Mapping[str, Tensor]) -> Architecture:
         norms=tuple(i for i in range(len(depths)) if f"norm{i}.weight" in backbone),
         num_classes=head[0] if head else None,
     )
+
+
+def _mlp_ratio(backbone: Mapping[str, Tensor], stages: str, count: int) -> float | None:
+    """A ratio that gives the hidden channels of every stage, each of which is rounded down."""
+    names = (f"{stages}.{i}.blocks.0.mlp.fc1.weight" for i in range(count))
+    shapes = [backbone[name].shape for name in names if name in backbone and backbone[name].dim() == 2]
+    if not shapes:
+        return None
+    hidden, dim = max(shapes)  # the widest stage says it most precisely
+    exact = hidden / dim
+    return exact if all(int(d * exact) == h for h, d in shapes) else (hidden + 0.5) / dim
 
 
 def _blocks(names: Iterable[str], stages: str) -> dict[int, set[int]]:

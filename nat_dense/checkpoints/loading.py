@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from nat_dense.checkpoints.download import fetch
 from nat_dense.checkpoints.layout import Layout, part_of, recognise
@@ -82,6 +83,7 @@ def load(
         ValueError: The file can't be read as data, holds another model, or a tensor is missing, not known, of another
             shape or not finite.
     """
+    model = _unwrapped(model)
     paths = backbone_paths(model)
     if len(paths) > 1 or not (paths or prefix):
         raise ValueError(
@@ -131,6 +133,17 @@ def open_checkpoint(
         return checkpoint, recognise(checkpoint.tensors, prefix)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of what torch.compile and data parallelism put around it."""
+    while True:
+        if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 def backbone_paths(model: nn.Module) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from nat_dense.checkpoints.keymaps import STEM_NORM
 from nat_dense.checkpoints.layout import Layout, architecture_of
 from nat_dense.checkpoints.rpb import resize_rpb as _resize
+from nat_dense.listing import listing
 
 RULES = {
     "fresh-output-norms": "the file has no output norms (classification has none): they start as they are",
@@ -190,10 +191,7 @@ def _same_but_kernel(name: str, source: Tensor, target: Tensor) -> bool:
 
 
 def _listed(what: str, names: list[str]) -> str:
-    if not names:
-        return ""
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"{len(names)} {what}: {', '.join(names[:4])}{more}"
+    return f"{len(names)} {what}: {listing(names, 4)}" if names else ""
 
 
 def _short(tensor: Tensor) -> str:

@@ -19,7 +19,7 @@ from mmengine.runner import CheckpointLoader
 
 from nat_dense.checkpoints.download import fetch
 from nat_dense.checkpoints.reading import is_safetensors, read, read_torch
-from nat_dense.checkpoints.writing import atomic
+from nat_dense.files import atomic
 
 
 def _statistic(owner: type, name: str) -> Callable:

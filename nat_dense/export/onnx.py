@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nat_dense.checkpoints.writing import atomic, check_folder, check_free
+from nat_dense.files import atomic, check_folder, check_free
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 """What the extra `onnx` installs."""
@@ -111,7 +111,7 @@ def _check_packages() -> None:
     if missing:
         raise ModuleNotFoundError(
             f"the export to ONNX needs {', '.join(missing)}: install {'them' if missing[1:] else 'it'} with "
-            "`pip install 'nat_dense[onnx]'`"
+            f"`pip install {' '.join(missing)}`"
         )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from nat_dense.checkpoints import Checkpoint, fetch, read, runner_files
 from nat_dense.checkpoints.layout import unwrap
+from nat_dense.listing import listing
 
 EXPERIMENT_TIME = re.compile(r"_\d{8}_\d{6}$")
 """MMEngine names an experiment after its config file and the time of its start."""
@@ -108,13 +109,9 @@ def check_start(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
             "model's. Weights of a backbone alone belong into model.backbone.init_cfg=dict(type='Pretrained', "
             "checkpoint=...)."
         )
-    notices = [f"{len(fresh)} of {len(expected)} weights start afresh: {_some(fresh)}"] if fresh else []
-    notices += [f"{len(unused)} of its weights are not used: {_some(unused)}"] if unused else []
+    notices = [f"{len(fresh)} of {len(expected)} weights start afresh: {listing(fresh)}"] if fresh else []
+    notices += [f"{len(unused)} of its weights are not used: {listing(unused)}"] if unused else []
     return [f"load_from={source!r}: {notice}." for notice in notices]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
 
 
 def latest_checkpoint(work_dir: str | Path, *, elsewhere: bool = False) -> Path | None:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nat_dense.listing import listing
+
 REQUIRED = {
     "images": ("id", "file_name", "width", "height"),
     "annotations": ("id", "image_id", "category_id", "bbox", "area"),
@@ -207,7 +209,7 @@ def check_categories(content: dict[str, Any], classes: Sequence[str], file: str,
     others = [name for name in names if name not in classes]
     if others and not ignore_others:
         raise ValueError(
-            f"{file!r} has classes that the config doesn't have: {_names(others)}; the config's: {_names(classes)}. "
+            f"{file!r} has classes that the config doesn't have: {_quoted(others)}; the config's: {_quoted(classes)}. "
             "Set the dataset's metainfo.classes (and num_classes of the heads), or leave these out: --cfg-options "
             "data_checks.other_classes=ignore."
         )
@@ -215,15 +217,14 @@ def check_categories(content: dict[str, Any], classes: Sequence[str], file: str,
     absent = [name for name in classes if name not in common]
     if absent:
         raise ValueError(
-            f"{file!r} has no category for the config's classes {_names(absent)}; the file's: {_names(names)}."
+            f"{file!r} has no category for the config's classes {_quoted(absent)}; the file's: {_quoted(names)}."
         )
     if common != list(classes):
         raise ValueError(
-            f"{file!r} lists its categories in another order ({_names(common)}) than the config's classes "
-            f"({_names(classes)}), and MMDetection would mix them up. Give metainfo.classes in the file's order."
+            f"{file!r} lists its categories in another order ({_quoted(common)}) than the config's classes "
+            f"({_quoted(classes)}), and MMDetection would mix them up. Give metainfo.classes in the file's order."
         )
 
 
-def _names(names: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, names[:6]))
-    return f"{shown} and {len(names) - 6} more" if len(names) > 6 else shown
+def _quoted(names: Sequence[str]) -> str:
+    return listing(map(repr, names))

@@ -14,6 +14,7 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 
+from nat_dense.listing import listing
 from nat_dense.mm.errors import describe, did_you_mean, nearly
 
 DISTRIBUTIONS = {"mmdet": "onedl-mmdetection", "mmseg": "onedl-mmsegmentation"}
@@ -57,8 +58,6 @@ OLD_KEYS = {
     "workflow": "train_cfg and val_cfg",
 }
 """Top-level keys of MMDetection 2 and MMSegmentation 0, and what took their place."""
-
-SHOWN_PLACES = 6
 
 
 def evaluators(cfg: Config, loader: str) -> list[Any]:
@@ -210,10 +209,9 @@ def _check_option_names(cfg: Config, options: dict[str, Any]) -> list[str]:
             continue
         places = [place for place in _places_of(cfg[key], key, rest) if place not in options]
         if _is_copied(cfg[key], key, places):
-            more = f" and {len(places) - SHOWN_PLACES} more" if len(places) > SHOWN_PLACES else ""
             raise ValueError(
                 f"--cfg-options {option}: {key!r} is a variable of the config file, and nothing reads it any more. Set "
-                f"what was made of it: {', '.join(places[:SHOWN_PLACES])}{more}."
+                f"what was made of it: {listing(places)}."
             )
         notes.append(f"--cfg-options {option}: MMEngine reads no {key!r}; it is there for code of your own.")
     return notes

@@ -18,6 +18,7 @@ from mmengine.fileio import list_dir_or_file
 from mmengine.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
 from torch.utils.data import DataLoader
 
+from nat_dense.listing import listing
 from nat_dense.mm.coco_file import check_boxes, check_categories, check_coco_file, check_outlines, of_classes
 from nat_dense.mm.config import evaluators
 from nat_dense.mm.evaluator_checks import check_evaluators, is_scored
@@ -39,9 +40,6 @@ LOADER_FIELDS = ("num_batch_per_epoch", "disable_subprocess_warning")
 
 FILTERS = ("filter_empty_gt", "min_size")
 """What datasets that read as CocoDataset does look for in `filter_cfg`."""
-
-LISTED = 5
-"""So many files are named in a message; the rest is counted."""
 
 
 @DATASETS.register_module()
@@ -275,7 +273,7 @@ def _expected_channels(cfg: Config, source: Source) -> int:
 def _report_bad_images(source: Source, bad: dict[Path, str], total: int, checks: dict[str, str]) -> list[str]:
     if not bad:
         return []
-    faults = _listing(f"{path}: {fault}" for path, fault in bad.items())
+    faults = listing((f"{path}: {fault}" for path, fault in bad.items()), between="; ")
     message = f"{source.name}: {len(bad)} of {total} images can't be used. {faults}."
     if checks["bad_images"] == "stop":
         raise ValueError(
@@ -306,8 +304,8 @@ def _check_labels(source: Source, pictures: list[Picture], checks: dict[str, str
         meaning = f"0 (void), 1 to {count}" if zero_is_void else f"0 to {count - 1}"
         raise ValueError(
             f"{source.name}: {len(faults)} label maps don't fit. Expected {meaning} and {ignored} (ignored), for "
-            f"{count} classes with reduce_zero_label={zero_is_void}. {_listing(faults)}. Check the classes and "
-            "reduce_zero_label, or repair the files."
+            f"{count} classes with reduce_zero_label={zero_is_void}. {listing(faults, between='; ')}. Check the "
+            "classes and reduce_zero_label, or repair the files."
         )
 
 
@@ -328,7 +326,7 @@ def _check_heads(model: dict, source: Source) -> None:
             of_texts = name == "bbox_head" and not roi_head and found is not None and found > count
             if found in (None, count) or head.get("class_agnostic") or several_losses or of_texts:
                 continue
-            names = _listing(source.classes)
+            names = listing(source.classes, between="; ")
             raise ValueError(
                 f"{name}.num_classes is {found}, but {source.name} has {count} classes ({names}). "
                 f"Set num_classes={count} in every head, or the dataset's metainfo.classes."
@@ -344,9 +342,3 @@ def _check_masks(model: dict, source: Source) -> None:
             f"{source.name}: the model has a roi_head.mask_head, but LoadAnnotations loads no masks. Set "
             "with_mask=True there, or roi_head.mask_head=None."
         )
-
-
-def _listing(sentences: Any) -> str:
-    sentences = list(sentences)
-    more = f"; and {len(sentences) - LISTED} more" if len(sentences) > LISTED else ""
-    return "; ".join(sentences[:LISTED]) + more

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mmengine.config import Config, ConfigDict, DictAction
 
-from nat_dense.checkpoints.writing import make_empty_folder
+from nat_dense.files import make_empty_folder
 from nat_dense.mm.config import evaluators
 from nat_dense.mm.fields import type_name
 from nat_dense.mm.pipelines import datasets_of, is_wrapper

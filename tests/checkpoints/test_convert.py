@@ -13,7 +13,8 @@ from mmengine.config import Config
 from safetensors import safe_open
 
 from nat_dense import checkpoints
-from nat_dense.checkpoints.writing import atomic, save
+from nat_dense.checkpoints.writing import save
+from nat_dense.files import atomic
 from nat_dense.models import NAT, DiNAT_s, DiNATClassifier, DiNATsClassifier, NATClassifier, variants
 from tests.checkpoints.files import hf_state, tiny, write_mm2
 
@@ -146,6 +147,15 @@ def test_kernel_size(tmp_path):
     report = checkpoints.convert(tmp_path / "in.safetensors", tmp_path / "k.safetensors", "dense", kernel_size=5)
     assert set(report.converted.values()) == {"kernel 3 -> 5"}
     checkpoints.load(tiny(layer_scale=1e-5, kernel_size=5), tmp_path / "k.safetensors")
+
+
+@pytest.mark.parametrize("mlp_ratio", [2.6, 1.3, 0.7, 3.14159])
+def test_a_ratio_that_no_stage_holds_exactly(tmp_path, mlp_ratio):
+    """Hidden channels are rounded down in each stage: 2.6 times 96, 192, 384, 768 are 249, 499, 998, 1996."""
+    model = NAT(embed_dim=96, depths=(1, 1, 1, 1), num_heads=(3, 6, 12, 24), mlp_ratio=mlp_ratio)
+    save(model.state_dict(), tmp_path / "in.safetensors")
+    checkpoints.convert(tmp_path / "in.safetensors", tmp_path / "out.pth", "dense")
+    assert_bits(checkpoints.read(tmp_path / "out.pth").tensors, model.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,16 @@ def test_report_names_every_tensor(tmp_path):
     assert "4 left out, rule 'classifier'" in text
 
 
+def test_a_wrapped_model_is_loaded_like_the_one_inside(tmp_path):
+    save(tiny().state_dict(), tmp_path / "x.pth")
+    expected = tiny()
+    checkpoints.load(expected, tmp_path / "x.pth")
+    for wrap in (torch.compile, torch.nn.DataParallel, lambda model: torch.compile(torch.nn.DataParallel(model))):
+        model = tiny()
+        checkpoints.load(wrap(model), tmp_path / "x.pth")
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+
+
 def test_fewer_outputs_than_the_file_has(tmp_path):
     save(tiny().state_dict(), tmp_path / "a.safetensors")
     report = checkpoints.load(tiny(out_indices=(1, 3)), tmp_path / "a.safetensors")

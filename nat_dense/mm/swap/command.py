@@ -10,7 +10,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from nat_dense.checkpoints.writing import atomic, check_free
+from nat_dense.files import atomic, check_free
 from nat_dense.mm.config import load_config, merge_options
 from nat_dense.mm.swap.changes import as_text, changes_between, differences
 from nat_dense.mm.swap.plan import BACKBONES, plan_swap
@@ -115,7 +115,7 @@ def _base_path(config: str, out: Path) -> str:
 def _write(text: str, out: Path, cfg: Config) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic(out, out.suffix) as draft:  # beside it: its base is found by a relative path
-        draft.write_text(text)
+        draft.write_text(text, encoding="utf-8")
         try:
             written = _without_scopes(Config.fromfile(str(draft), import_custom_modules=False)._cfg_dict)
         except NameError as error:  # as of `nan` and `inf`
