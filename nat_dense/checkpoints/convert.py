@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,14 +15,12 @@ from nat_dense.checkpoints.keymaps import ModelType, to_hf
 from nat_dense.checkpoints.layout import Architecture, Layout, architecture_of
 from nat_dense.checkpoints.loading import Report, open_checkpoint
 from nat_dense.checkpoints.matching import Match, check_finite, is_ema_copy, match
+from nat_dense.checkpoints.origin import Origin, origin_of
 from nat_dense.checkpoints.reading import Checkpoint
 from nat_dense.checkpoints.writing import check_suffix, save
 from nat_dense.files import atomic, check_folder, check_free
 from nat_dense.models import NAT, DiNAT_s, DiNATsClassifier, NATClassifier
-from nat_dense.models.variants import dilations_for
-
-_BACKBONE = re.compile(r"\btype=['\"](?:\w+\.)*(NAT|DiNAT)['\"]")
-"""As it stands in the text of a config."""
+from nat_dense.models.backbone import Dilations, resolve_dilations
 
 Kind = Literal["dense", "classification", "hf", "mm"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -51,8 +48,9 @@ def convert(
             config that transformers needs.
         to: "dense" is a backbone under the original's names, "classification" a backbone with its classifier,
             "hf" a transformers model or backbone, "mm" a file for mm's `load_from` or `tools/test.py`.
-        model_type: With to="hf", whether it is a "nat" or "dinat", which the weights don't tell.
-        dilations: With to="hf" and "dinat", the preset of `variants.DILATIONS` for the config.
+        model_type: With to="hf", whether it is a "nat" or "dinat", which the weights don't tell, but the config beside
+            them, where there is one.
+        dilations: With to="hf" and "dinat", the preset of `variants.DILATIONS` for the config, likewise.
         kernel_size: Of the result, if another one than the file's.
         prefix, trust, sha256, entry: As in `load`.
         overwrite: Whether an existing file may be replaced.
@@ -81,7 +79,8 @@ def convert(
         raise ValueError(f"{source}: {error}") from error
     tensors = found.sources
     if to == "hf":
-        model_type = _model_type(architecture, layout, checkpoint, model_type, needed=head or folder)
+        origin = origin_of(checkpoint)
+        model_type = _model_type(architecture, layout, origin, model_type, source, needed=head or folder)
         tensors = to_hf(tensors, model_type if head else None)
     elif to == "mm":
         tensors = _with_heads(found, layout)
@@ -96,7 +95,8 @@ def convert(
             "they would be lost. Name another file"
         )
     if folder:
-        config = _hf_config(architecture, kernel_size, model_type, dilations)
+        known = dilations if dilations or origin is None else origin.dilations
+        config = _hf_config(architecture, kernel_size, model_type, known)
         target.mkdir(exist_ok=True)
         save(tensors, target / "model.safetensors")
         with atomic(target / "config.json") as part:
@@ -160,32 +160,31 @@ def _skeleton(architecture: Architecture, head: bool, kernel_size: int | None) -
 
 
 def _model_type(
-    architecture: Architecture, layout: Layout, checkpoint: Checkpoint, given: ModelType | None, *, needed: bool
+    architecture: Architecture,
+    layout: Layout,
+    origin: Origin | None,
+    given: ModelType | None,
+    source: str | Path,
+    *,
+    needed: bool,
 ) -> ModelType | None:
     if architecture.family == "DiNAT_s":
         raise ValueError("transformers has no DiNAT_s")
     stored = layout.prefix.removesuffix(".")
-    own: ModelType | None = "nat" if stored == "nat" else "dinat" if stored == "dinat" else _trained_as(checkpoint)
+    if stored not in ("nat", "dinat") and origin:
+        stored = origin.family.lower()
+    own: ModelType | None = "nat" if stored == "nat" else "dinat" if stored == "dinat" else None
     if given and own and given != own:
         raise ValueError(
-            f"{checkpoint.path} holds a {own}, and a {given} has other dilations: name its own model type "
-            f"(--model-type {own})"
+            f"{source} holds a {own}, and a {given} has other dilations: name its own model type (--model-type {own})"
         )
     if needed and given is None and own is None:
         raise ValueError("the weights don't tell NAT from DiNAT: name the model type (--model-type nat or dinat)")
     return given or own
 
 
-def _trained_as(checkpoint: Checkpoint) -> ModelType | None:
-    """Which one mmengine trained, whose checkpoints hold the text of their config; it is looked at, not run."""
-    meta = checkpoint.extras.get("meta")
-    text = meta.get("cfg") if isinstance(meta, Mapping) else None
-    named = set(_BACKBONE.findall(text)) if isinstance(text, str) else set()
-    return {"NAT": "nat", "DiNAT": "dinat"}[named.pop()] if len(named) == 1 else None  # type: ignore[return-value]
-
-
 def _hf_config(
-    architecture: Architecture, kernel_size: int | None, model_type: ModelType | None, dilations: str | None
+    architecture: Architecture, kernel_size: int | None, model_type: ModelType | None, dilations: Dilations
 ) -> dict[str, Any]:
     name = "Nat" if model_type == "nat" else "Dinat"
     config: dict[str, Any] = dict(
@@ -203,7 +202,7 @@ def _hf_config(
     if model_type == "dinat":
         if dilations is None:
             raise ValueError("the weights don't tell the dilations: name a preset (--dilations classification)")
-        config["dilations"] = [list(row) for row in dilations_for("DiNAT", dilations, architecture.depths)]
+        config["dilations"] = [list(row) for row in resolve_dilations("DiNAT", dilations, architecture.depths)]
     if architecture.num_classes is not None:
         labels = range(architecture.num_classes)
         config |= dict(

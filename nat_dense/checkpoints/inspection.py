@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nat_dense.checkpoints.layout import Architecture, Layout, architecture_of
 from nat_dense.checkpoints.loading import open_checkpoint
+from nat_dense.checkpoints.origin import Origin, origin_of
 from nat_dense.models.variants import DILATIONS
 
 
@@ -34,7 +35,7 @@ def inspect(
         f"{sum(t.numel() for t in tensors):,} values",
         f"  architecture  {_fields(backbone)}",
         f"  preset        {_presets(backbone)}",
-        f"  dilations     {_dilations(backbone)}",
+        f"  dilations     {_dilations(backbone, origin_of(checkpoint))}",
     ]
     if backbone.num_classes is not None:
         lines.append(f"  classes       {backbone.num_classes}")
@@ -62,7 +63,9 @@ def _presets(a: Architecture) -> str:
     return " or ".join(f"{family} arch={arch!r}" for family, arch in rows) if rows else "none of the published ones"
 
 
-def _dilations(a: Architecture) -> str:
+def _dilations(a: Architecture, origin: Origin | None) -> str:
+    if origin:
+        return f"{origin.dilations or 'none'}: the config beside the weights has a {origin.family}"
     families = ("DiNAT",) if a.family == "NAT" else (a.family,)
     names = ", ".join(DILATIONS[families[0]])
     undilated = "none for NAT, " if a.family == "NAT" else ""

@@ -186,6 +186,8 @@ def is_safetensors(path: Path) -> bool:
     for magic, meaning in _MAGIC:
         if head.lstrip().startswith(magic):
             raise ValueError(f"{path} is not a checkpoint but {meaning}")
+    if path.name == "last_checkpoint":
+        raise ValueError(f"{path} holds the name of a checkpoint and none itself; name that, {_named_in(path)}")
     raise ValueError(f"{path} is neither a PyTorch nor a safetensors file (it starts with {head[:8]!r})")
 
 
@@ -237,10 +239,17 @@ def _find_file(path: Path) -> Path:
         for name in DIRECTORY_FILES:
             if (path / name).is_file():
                 return path / name
+        last = path / "last_checkpoint"  # of a work-dir
+        if last.is_file():
+            raise FileNotFoundError(f"{path} is a folder; name the checkpoint in it, {_named_in(last)}")
         raise FileNotFoundError(f"{path} is a folder without weights; expected one of {', '.join(DIRECTORY_FILES)}")
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
     return path
+
+
+def _named_in(note: Path) -> str:
+    return note.read_text(encoding="utf-8", errors="replace").strip()
 
 
 def _is_zip(path: Path) -> bool:

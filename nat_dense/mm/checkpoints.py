@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import nn
 
 from nat_dense.checkpoints import Checkpoint, fetch, read, runner_files
 from nat_dense.checkpoints.layout import unwrap
+from nat_dense.checkpoints.origin import origin_of
 from nat_dense.listing import listing
+from nat_dense.models.backbone import NeighborhoodBackbone
 
 EXPERIMENT_TIME = re.compile(r"_\d{8}_\d{6}$")
 """MMEngine names an experiment after its config file and the time of its start."""
@@ -57,7 +60,7 @@ def check_fits(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
         checkpoint: what `nat_dense.checkpoints.read` returned.
 
     Returns:
-        A warning where the checkpoint holds more than the model needs, else an empty list.
+        Warnings where the checkpoint holds more than the model needs, or was trained with other dilations.
 
     Raises:
         ValueError: weights are missing or have another shape; the first ones are named.
@@ -82,7 +85,29 @@ def check_fits(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
                 f"{source!r} is of another model: {name!r} has shape {tuple(found[name].shape)}, this config's model "
                 f"needs {tuple(weight.shape)}. {advice}"
             )
-    return [f"{source!r}: {len(unused)} weights are not used by this model, such as {unused[0]!r}."] if unused else []
+    notices = (
+        [f"{source!r}: {len(unused)} weights are not used by this model, such as {unused[0]!r}."] if unused else []
+    )
+    return notices + _notes_of_dilations(model, checkpoint)
+
+
+def _notes_of_dilations(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
+    """Tells where a backbone of ours has other dilations than the weights were trained with, which fit all the same."""
+    backbones = [module for module in model.modules() if isinstance(module, NeighborhoodBackbone)]
+    origin = origin_of(checkpoint)
+    if len(backbones) != 1 or origin is None:
+        return []
+    trained, ours = origin.resolved(backbones[0].depths), backbones[0].dilations
+    if trained in (None, ours):
+        return []
+    return [
+        f"{str(checkpoint.path)!r} was trained as {origin.family} with dilations {_readable(trained)}, and this model "
+        f"has {_readable(ours)}: its results will be others."
+    ]
+
+
+def _readable(dilations: Sequence[Sequence[int]]) -> str:
+    return str([list(row) for row in dilations])
 
 
 def check_start(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
@@ -111,7 +136,7 @@ def check_start(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
         )
     notices = [f"{len(fresh)} of {len(expected)} weights start afresh: {listing(fresh)}"] if fresh else []
     notices += [f"{len(unused)} of its weights are not used: {listing(unused)}"] if unused else []
-    return [f"load_from={source!r}: {notice}." for notice in notices]
+    return [f"load_from={source!r}: {notice}." for notice in notices] + _notes_of_dilations(model, checkpoint)
 
 
 def latest_checkpoint(work_dir: str | Path, *, elsewhere: bool = False) -> Path | None:

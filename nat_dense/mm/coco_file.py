@@ -66,10 +66,14 @@ def _check_entries(content: dict[str, Any], where: str) -> None:
     for i, annotation in enumerate(content["annotations"]):
         if annotation["category_id"] not in categories:
             raise ValueError(
-                f"{where}: annotations[{i}] has category_id {annotation['category_id']!r}, which no category has."
+                f"{where}: annotations[{i}] has category_id {annotation['category_id']!r}, which no category has"
+                f"{_as_text(annotation['category_id'], categories)}."
             )
         if annotation["image_id"] not in images:
-            raise ValueError(f"{where}: annotations[{i}] has image_id {annotation['image_id']!r}, which no image has.")
+            raise ValueError(
+                f"{where}: annotations[{i}] has image_id {annotation['image_id']!r}, which no image has"
+                f"{_as_text(annotation['image_id'], images)}."
+            )
         if annotation.get("ignore"):  # MMDetection passes it over
             continue
         if annotation["id"] in seen:
@@ -78,8 +82,15 @@ def _check_entries(content: dict[str, Any], where: str) -> None:
         box = annotation["bbox"]
         if not isinstance(box, list) or len(box) != 4 or not all(isinstance(x, (int, float)) for x in box):
             raise ValueError(f"{where}: annotations[{i}].bbox is {box!r}: expected [x, y, width, height] in pixels.")
+        if annotation.get("iscrowd", 0) not in (0, 1):
+            raise ValueError(f"{where}: annotations[{i}].iscrowd is {annotation['iscrowd']!r}: expected 0 or 1.")
         if not isinstance(annotation["area"], (int, float)):
             raise ValueError(f"{where}: annotations[{i}].area is {annotation['area']!r}: expected a number of pixels.")
+
+
+def _as_text(given: Any, known: set[Any]) -> str:
+    """What to add where an id is text at one place and a number at the other."""
+    return next((f" (there is {other!r})" for other in known if str(other) == str(given)), "")
 
 
 def _ids(content: dict[str, Any], key: str, where: str) -> set[Any]:
@@ -136,7 +147,7 @@ def check_boxes(content: dict[str, Any], where: str) -> list[str]:
     first = left_out[0]
     size = "x".join(map(str, sizes[first["image_id"]]))
     example = f"{first['bbox']} (id {first['id']!r}) on {size} pixels"
-    found = f"smaller than a pixel or outside their image, such as {example}"
+    found = f"smaller than a pixel, of area 0 or outside their image, such as {example}"
     if len(left_out) == len(counted):
         raise ValueError(f"{where}: all {len(counted)} boxes are {found}: expected [x, y, width, height] in pixels.")
     return [*notices, f"{where}: {len(left_out)} of {len(counted)} boxes are left out: {found}."]

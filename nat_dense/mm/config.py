@@ -16,6 +16,7 @@ from mmengine.utils import import_modules_from_strings
 
 from nat_dense.listing import listing
 from nat_dense.mm.errors import describe, did_you_mean, nearly
+from nat_dense.mm.fields import dicts_in
 
 DISTRIBUTIONS = {"mmdet": "onedl-mmdetection", "mmseg": "onedl-mmsegmentation"}
 """The library behind each scope, by the name it is installed under."""
@@ -162,6 +163,12 @@ def check_keys(cfg: Config) -> list[str]:
     for name in PARTS:
         if not isinstance(cfg.get(name) or {}, dict):
             raise ValueError(f"{name} is {cfg[name]!r}: expected a dict.")
+    if not isinstance(cfg.get("work_dir", ""), (str, Path)):
+        raise ValueError(f"work_dir is {cfg.work_dir!r}: expected a folder's name.")
+    for place, node in dicts_in(cfg._cfg_dict):
+        for field, value in node.items():
+            if isinstance(value, str) and value in ("True", "False"):
+                raise ValueError(f"{place}.{field}"[1:] + f" is the text {value!r}: write it without quotes.")
     read = _read_keys()
     rest = {name: value for name, value in cfg.items() if name in read}
     used = _names_used(cfg.text or "")

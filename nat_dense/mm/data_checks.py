@@ -15,15 +15,15 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.fileio import list_dir_or_file
-from mmengine.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
-from torch.utils.data import DataLoader
+from mmengine.registry import DATASETS
 
 from nat_dense.listing import listing
 from nat_dense.mm.coco_file import check_boxes, check_categories, check_coco_file, check_outlines, of_classes
 from nat_dense.mm.config import evaluators
 from nat_dense.mm.evaluator_checks import check_evaluators, is_scored
-from nat_dense.mm.fields import check_fields, check_node, known_class
+from nat_dense.mm.fields import check_fields
 from nat_dense.mm.images import CHANNELS, Picture, find_bad_images, find_bad_labels, sample
+from nat_dense.mm.loader_checks import check_loader, notes_of_pair, notes_of_prefix, notes_of_preprocessing
 from nat_dense.mm.pipelines import check_datasets
 from nat_dense.mm.sources import COCO_DATASET, SEGMENTATION_DATASET, Source, sources_of
 
@@ -34,9 +34,6 @@ CHOICES = {
     "validation": ("try", "none"),
 }
 """The fields of `data_checks` and their values, the default first."""
-
-LOADER_FIELDS = ("num_batch_per_epoch", "disable_subprocess_warning")
-"""What MMEngine's Runner takes of a dataloader beside the arguments of torch's DataLoader."""
 
 FILTERS = ("filter_empty_gt", "min_size")
 """What datasets that read as CocoDataset does look for in `filter_cfg`."""
@@ -77,9 +74,10 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
         ValueError: annotations, classes, images or labels that the run would trip over.
     """
     checks = read_choices(cfg)
-    warnings = []
+    warnings: list[str] = []
+    trained: list[Source] = []
     for loader in loaders:
-        _check_loader_fields(cfg[loader], loader)
+        check_loader(cfg, loader)
         scored, part = is_scored(cfg, loader), _naming_part(cfg) if loader == "test_dataloader" else None
         named: dict[str, Path] = {}
         check_datasets(cfg[loader].get("dataset"), f"{loader}.dataset")
@@ -97,9 +95,13 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
                 )
             _check_labels(source, [p for p in pictures if p.path not in bad], checks)
             _check_heads(cfg.model, source)
+            warnings += notes_of_preprocessing(cfg.model, source)
             if loader == "train_dataloader":
+                trained.append(source)
                 warnings += _notes_of_crops(cfg, source)
                 _check_masks(cfg.model, source)
+            elif trained:
+                warnings += notes_of_pair(trained[0], source)
             if part:
                 _check_names(source, pictures, part, named)
             if bad:  # at last: what the other checks read of the source is what is wrapped here
@@ -126,21 +128,6 @@ def _check_names(source: Source, pictures: list[Picture], part: str, named: dict
                 f"{source.name}: {str(other)!r} and {str(picture.path)!r} have one name, and --show-dir and --out name "
                 "files after images: one would overwrite the other's. Test them one after the other, into two folders."
             )
-
-
-def _check_loader_fields(loader: dict, name: str) -> None:
-    check_fields(name, "DataLoader", loader, [*LOADER_FIELDS, *inspect.signature(DataLoader).parameters])
-    size = loader.get("batch_size", 1)
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"{name}.batch_size is {size!r}: expected a number of images, 1 or more.")
-    workers = loader.get("num_workers", 0)
-    if not isinstance(workers, int) or workers < 0:
-        raise ValueError(f"{name}.num_workers is {workers!r}: expected a number of processes, or 0 for none.")
-    for field in ("sampler", "batch_sampler"):
-        if isinstance(loader.get(field), dict):
-            check_node(f"{name}.{field}", loader[field], DATA_SAMPLERS)
-    if isinstance(loader.get("collate_fn"), dict):
-        known_class(f"{name}.collate_fn", loader["collate_fn"], FUNCTIONS)
 
 
 def _check_zero_label(source: Source) -> None:
@@ -199,6 +186,7 @@ def _find_pictures(source: Source, checks: dict[str, str], annotated: bool) -> t
         check_fields(f"{source.name}.filter_cfg", source.cls.__name__, filters, FILTERS)
         folder = _folder(source, "img", prefix.get("img"))
         file = source.path(source.argument("ann_file"))
+        notices = notes_of_prefix(source, {"img", "seg"})
         masks = any(load.get("with_mask") for load in source.transforms("LoadAnnotations"))
         content = check_coco_file(file, f"{source.name}.ann_file", masks, annotated)
         check_categories(content, source.classes, str(file), ignore_others=checks["other_classes"] == "ignore")
@@ -214,17 +202,22 @@ def _find_pictures(source: Source, checks: dict[str, str], annotated: bool) -> t
         least = filters.get("min_size", 0)
         if trains and all(min(image["width"], image["height"]) < least for image in content["images"]):
             raise ValueError(f"{where}: filter_cfg.min_size={least} leaves out smaller images: none is left.")
-        notices = check_boxes(known, where) if trains else []
+        notices += check_boxes(known, where) if trains else []
         if trains and masks:
             notices += check_outlines(known, where)
         if annotated and not trains and not content["annotations"]:
             notices.append(f"{where} has no annotations: there is nothing to compare with, and mAP will be -1.")
+        if annotated and not trains and any(annotation["id"] == 0 for annotation in content["annotations"]):
+            notices.append(
+                f"{where} has an annotation of id 0, which COCO's evaluation counts as missed whatever is found: "
+                "number them from 1."
+            )
         pictures = [Picture(folder / i["file_name"], (i["width"], i["height"])) for i in content["images"]]
         return pictures, notices
     if source.reader == SEGMENTATION_DATASET:
         images = _folder(source, "img_path", prefix.get("img_path"))
         labels = _folder(source, "seg_map_path", prefix["seg_map_path"]) if prefix.get("seg_map_path") else None
-        return _segmentation_pictures(source, images, labels), []
+        return _segmentation_pictures(source, images, labels), notes_of_prefix(source, {"img_path", "seg_map_path"})
     return [], []
 
 

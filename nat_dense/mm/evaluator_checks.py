@@ -12,7 +12,7 @@ from mmengine.runner import ValLoop
 from nat_dense.mm.coco_file import check_coco_file
 from nat_dense.mm.config import evaluators
 from nat_dense.mm.errors import did_you_mean
-from nat_dense.mm.fields import check_node, class_of, type_name
+from nat_dense.mm.fields import check_node, class_of, default_loop, dicts_in, type_name
 from nat_dense.mm.sources import COCO_DATASET, Source, sources_of
 
 COCO_SCORES = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
@@ -131,22 +131,23 @@ def _names_scores_plainly(cfg: Config) -> bool:
     """Whether validation gives the evaluators' scores under their own names; other loops and evaluators prefix them."""
     loop, evaluator = cfg.get("val_cfg") or {}, cfg.get("val_evaluator")
     kind = evaluator.get("type", "Evaluator") if isinstance(evaluator, dict) and "metrics" in evaluator else "Evaluator"
-    is_usual = class_of({"type": "ValLoop", **loop}, LOOPS) is ValLoop
+    is_usual = class_of(default_loop("val_cfg", loop), LOOPS) is ValLoop
     format_only = any(evaluator.get("format_only") for evaluator in evaluators(cfg, "val_dataloader"))
     return is_usual and kind in ("Evaluator", Evaluator) and not format_only
 
 
 def _check_best(cfg: Config, scores: list[str]) -> None:
-    """MMEngine looks the score up after the first validation, and fails where there is none of this name."""
-    hook = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
-    best = hook.get("save_best") or []
-    for score in [best] if isinstance(best, str) else best:
-        if score not in ("auto", *scores):
-            hint = did_you_mean(score, scores)
-            raise ValueError(
-                f"default_hooks.checkpoint.save_best: validation gives no {score!r}.{hint} It gives: "
-                f"{', '.join(scores)}; 'auto' takes the first."
-            )
+    """MMEngine looks the score up after the first validation, and fails or goes on where there is none of this name."""
+    hooks = [*dicts_in(cfg.get("default_hooks"), "default_hooks"), *dicts_in(cfg.get("custom_hooks"), "custom_hooks")]
+    for name, hook in hooks:
+        field = {"CheckpointHook": "save_best", "EarlyStoppingHook": "monitor"}.get(type_name(hook), "")
+        best = hook.get(field) or []
+        for score in [best] if isinstance(best, str) else best:
+            if score not in scores and not (score == "auto" and field == "save_best"):
+                hint, auto = did_you_mean(score, scores), "; 'auto' takes the first" if field == "save_best" else ""
+                raise ValueError(
+                    f"{name}.{field}: validation gives no {score!r}.{hint} It gives: {', '.join(scores)}{auto}."
+                )
 
 
 def _check_same_images(file: Path, name: str, source: Source, annotated: bool) -> None:
@@ -155,12 +156,21 @@ def _check_same_images(file: Path, name: str, source: Source, annotated: bool) -
     if not own.is_file() or own.samefile(file):  # in remote storage, or the usual case
         return
     known, tested = (
-        {image["id"] for image in check_coco_file(path, where, masks=False, annotated=annotated)["images"]}
+        {
+            image["id"]: Path(image["file_name"]).name
+            for image in check_coco_file(path, where, masks=False, annotated=annotated)["images"]
+        }
         for path, where in ((file, name), (own, f"{source.name}.ann_file"))
     )
-    if not tested <= known:
+    if lacking := sorted(tested.keys() - known.keys(), key=str):
         raise ValueError(
-            f"{name}={str(file)!r} lacks {len(tested - known)} of the {len(tested)} images of "
-            f"{source.name}.ann_file={str(own)!r}, such as id {min(tested - known, key=str)!r}: the metric would be "
-            "wrong. Set both to the same file."
+            f"{name}={str(file)!r} lacks {len(lacking)} of the {len(tested)} images of "
+            f"{source.name}.ann_file={str(own)!r}, such as id {lacking[0]!r}: the metric would be wrong. Set both to "
+            "the same file."
+        )
+    if others := sorted((key for key in tested if tested[key] != known[key]), key=str):
+        first = others[0]
+        raise ValueError(
+            f"{name}={str(file)!r} has other images than {source.name}.ann_file={str(own)!r}: that of id {first!r} is "
+            f"{known[first]!r} there and {tested[first]!r} here: the metric would be wrong. Set both to the same file."
         )

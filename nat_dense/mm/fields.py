@@ -42,6 +42,15 @@ def type_name(node: Mapping[str, Any]) -> str:
     return (found if isinstance(found, str) else found.__name__).rpartition(".")[2]
 
 
+def default_loop(name: str, node: dict) -> dict:
+    """The config of a loop, such as "train_cfg", with the type that the Runner takes where none is named."""
+    if name == "train_cfg":
+        usual = "EpochBasedTrainLoop" if node.get("by_epoch", True) else "IterBasedTrainLoop"
+    else:
+        usual = "ValLoop" if name == "val_cfg" else "TestLoop"
+    return {"type": usual, **node}
+
+
 def class_of(node: dict, registry: Registry) -> Any:
     """What the `type` of a config stands for in the active scope, or None."""
     found = node.get("type")

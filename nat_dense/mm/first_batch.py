@@ -5,7 +5,7 @@ MMEngine builds validation before training, but first runs it when an epoch has 
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,12 +14,12 @@ import torch
 from mmengine.dataset import DefaultSampler
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
-from mmengine.runner import EpochBasedTrainLoop, ValLoop, autocast
+from mmengine.runner import EpochBasedTrainLoop, TestLoop, ValLoop, autocast
 from mmengine.structures import BaseDataElement
 from torch.utils.data import DataLoader, IterableDataset
 
 from nat_dense.mm.errors import describe, place_of
-from nat_dense.mm.evaluator_checks import metric_of
+from nat_dense.mm.evaluator_checks import COCO, metric_of
 
 LIBRARIES = ("mmengine", "mmdet", "mmseg", "nat_dense")
 """Whose hooks prepare nothing that a prediction needs."""
@@ -41,7 +41,11 @@ class FirstBatch(Hook):
         """Called by the Runner."""
         self.passed = True
 
-    after_test_iter = after_train_iter
+    def after_test_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Called by the Runner."""
+        if not self.passed and type(runner.test_loop) is TestLoop:
+            _check_masks(runner.test_loop.evaluator.metrics, outputs or [])
+        self.passed = True
 
 
 @contextmanager
@@ -100,6 +104,16 @@ class TryValidation(Hook):
             ) from error
 
 
+def _check_masks(metrics: Sequence[Any], outputs: Sequence[Any]) -> None:
+    """Masks are first missed when the scores of all images are computed."""
+    wanted = [metric for metric in metrics if metric_of(type(metric)) is COCO and "segm" in metric.metrics]
+    found = [output.pred_instances for output in outputs if "pred_instances" in output]
+    if wanted and found and not any("masks" in instances for instances in found):
+        raise ValueError(
+            "the evaluator's metric 'segm' compares masks, and this model predicts none: leave 'bbox' alone"
+        )
+
+
 def _is_usual(runner: Any) -> bool:
     """Whether there will be a validation, and it takes its batches by number and predicts without preparation."""
     loop, training = runner.val_loop, runner.train_loop
@@ -149,6 +163,7 @@ def _validate(model: Any, loop: ValLoop) -> None:
     # A model may add its loss, which the loop takes out.
     outputs = [o for o in outputs if not (isinstance(o, BaseDataElement) and o.keys() == ["loss"])]
     metrics = [metric for metric in loop.evaluator.metrics if metric_of(type(metric))]
+    _check_masks(metrics, outputs)
     Evaluator(metrics).process(outputs, batch)
     for metric in metrics:
         metric.results.clear()

@@ -78,7 +78,7 @@ def _image_fault(picture: Picture, channels: int) -> str | None:
             width, height = _upright_size(image)
             bands = len(image.getbands())
             # Reading all of a JPEG at an eighth of its size finds truncated files at a fraction of the cost.
-            image.draft(None, (width // 8, height // 8))
+            image.draft(None, (max(1, width // 8), max(1, height // 8)))
             image.load()
     except Image.DecompressionBombError:  # more pixels than Pillow opens; OpenCV may
         return None

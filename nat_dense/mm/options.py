@@ -21,6 +21,11 @@ class KeyValues(DictAction):
         for value in [values] if isinstance(values, str) else values or ():
             if "=" not in value:
                 raise argparse.ArgumentError(self, f"{value!r}: expected KEY=VALUE, without spaces around the =")
+            key, _, given = value.partition("=")
+            if given.startswith(("dict(", "{")):
+                raise argparse.ArgumentError(
+                    self, f"{key}: a dict can't be given here; set its fields, {key}.FIELD=VALUE"
+                )
         super().__call__(parser, namespace, values, option_string)
 
 

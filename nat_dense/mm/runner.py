@@ -59,7 +59,7 @@ def build_runner(
     model, warnings = check_model(cfg, training=training)
     notices += warnings
     if training:
-        check_training(cfg, model)
+        notices += check_training(cfg, model)
     if tta:
         check_transforms(cfg.get("tta_pipeline") or [], "tta_pipeline")
     notices += check_data(cfg, tuple(name for name in LOADERS[mode] if cfg.get(name)))

@@ -7,17 +7,28 @@ at the first checkpoint, when all that was trained until then is lost, and one o
 import logging
 import warnings
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook, LoggerHook
 from mmengine.optim import OptimWrapper, build_optim_wrapper
-from mmengine.registry import HOOKS, LOOPS, OPTIM_WRAPPERS, OPTIMIZERS, PARAM_SCHEDULERS
-from mmengine.runner import IterBasedTrainLoop
+from mmengine.registry import (
+    HOOKS,
+    LOG_PROCESSORS,
+    LOOPS,
+    OPTIM_WRAPPERS,
+    OPTIMIZERS,
+    PARAM_SCHEDULERS,
+    VISBACKENDS,
+    VISUALIZERS,
+)
+from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.runner.priority import Priority, get_priority
 from torch import Tensor, nn
 
-from nat_dense.mm.errors import at_least, describe, nearly
-from nat_dense.mm.fields import check_fields, check_node, class_of, dicts_in
+from nat_dense.mm.errors import at_least, describe, did_you_mean, nearly
+from nat_dense.mm.fields import check_fields, check_node, class_of, default_loop, dicts_in, type_name
 
 CONSTRUCTORS = ("DefaultOptimWrapperConstructor", "GroupedOptimWrapperConstructor")
 PARAMWISE = (
@@ -47,16 +58,25 @@ SOME_BATCHES = 100
 NUMBERS = ("lr", "weight_decay", "momentum")
 """Fields of optimizers that are one number."""
 
+WARMUPS = ("LinearLR", "ConstantLR")
+"""Schedules of a rate that grows to its full size."""
+
+REPORTERS = {"visualizer": (VISUALIZERS, "Visualizer"), "log_processor": (LOG_PROCESSORS, "LogProcessor")}
+"""What shows and writes a run's results, its registry, and the type that the Runner takes where none is named."""
+
 ENVIRONMENT = ("cudnn_benchmark", "dist_cfg", "mp_cfg", "resource_limit")
 """What MMEngine's Runner looks for in `env_cfg`."""
 
 
-def check_training(cfg: Config, model: nn.Module) -> None:
+def check_training(cfg: Config, model: nn.Module) -> list[str]:
     """Checks all that trains a model and isn't one.
 
     Args:
         cfg: the config; its `default_scope` must be active.
         model: the model that it builds; not changed.
+
+    Returns:
+        Sentences for the user, on schedules that have no time and rules that no parameter follows.
 
     Raises:
         ValueError: a field or a type is misspelt, a count or a number is none, or the optimizer can't be built for the
@@ -67,26 +87,83 @@ def check_training(cfg: Config, model: nn.Module) -> None:
         raise ValueError(f"log_level is {level!r}: expected a level of Python's logging, such as 'INFO' or 'DEBUG'.")
     if seed is not None and not isinstance(seed, int):
         raise ValueError(f"randomness.seed is {seed!r}: expected a whole number, or None to draw one.")
+    fields = [field for field in signature(Runner.set_randomness).parameters if field != "self"]
+    check_fields("randomness", "Runner", cfg.get("randomness") or {}, fields)
     check_fields("env_cfg", "Runner", cfg.get("env_cfg") or {}, ENVIRONMENT)
+    for name, (registry, usual) in REPORTERS.items():
+        if isinstance(node := cfg.get(name), dict):
+            check_node(name, {"type": usual, **node}, registry)
+    for name, node in _typed((cfg.get("visualizer") or {}).get("vis_backends"), "visualizer.vis_backends"):
+        check_node(name, node, VISBACKENDS)
     for name in ("train_cfg", "val_cfg", "test_cfg"):
         node = cfg.get(name)
         if isinstance(node, dict):
-            check_node(name, {"type": _default_loop(name, node), **node}, LOOPS, ("by_epoch",))
+            check_node(name, default_loop(name, node), LOOPS, ("by_epoch",))
             for field in COUNTS.keys() & node.keys():
                 _check_count(f"{name}.{field}", node[field], COUNTS[field])
     schedulers = list(_typed(cfg.get("param_scheduler"), "param_scheduler"))
     for name, node in schedulers:
         check_node(name, node, PARAM_SCHEDULERS, ("convert_to_iter_based",))
+    _check_places_of_hooks(cfg)
     for place in ("default_hooks", "custom_hooks"):
         for name, node in _typed(cfg.get(place), place):
             cls = check_node(name, node, HOOKS, ("priority",))
+            _check_priority(f"{name}.priority", node.get("priority", "NORMAL"))
             if "interval" in node and cls in (CheckpointHook, LoggerHook):
                 _check_count(f"{name}.interval", node["interval"], 1, never=-1)
     wrapper = cfg.get("optim_wrapper")
+    notes = [note for name, node in schedulers if (note := _note_of_time(name, node, cfg.get("train_cfg") or {}))]
     if isinstance(wrapper, dict) and isinstance(wrapper.get("optimizer"), dict) and "strategy" not in cfg:
         built = _check_optimizer(wrapper, model)
+        notes += _notes_of_rules(wrapper, model)
         for name, node in schedulers:
             _check_schedule(name, node, built, cfg.get("train_cfg"))
+    return notes
+
+
+def _check_places_of_hooks(cfg: Config) -> None:
+    """Checks the form of both places, in which MMEngine names no hook that is wrong."""
+    named = cfg.get("default_hooks") or {}
+    for name, node in named.items():
+        if isinstance(node, dict) and "type" not in node:
+            hint = did_you_mean(name, [other for other in named if other != name])
+            raise ValueError(f"default_hooks.{name} has no type: expected a hook's config, or None.{hint}")
+    if isinstance(cfg.get("custom_hooks"), dict):
+        raise ValueError("custom_hooks is a dict: expected a list of hooks' configs.")
+
+
+def _check_priority(name: str, given: Any) -> None:
+    try:
+        get_priority(given)
+    except (KeyError, TypeError, ValueError):
+        names = ", ".join(priority.name for priority in Priority)
+        raise ValueError(f"{name} is {given!r}: expected 0 to 100, or one of {names}.") from None
+
+
+def _note_of_time(name: str, node: dict, loop: dict) -> str | None:
+    """A sentence where a schedule begins when the training is over, or a warm-up outlasts it."""
+    end = loop.get("max_epochs" if node.get("by_epoch", True) else "max_iters")
+    if not isinstance(end, (int, float)):
+        return None
+    unit = "epoch" if node.get("by_epoch", True) else "iteration"
+    if node.get("begin", 0) >= end:
+        return f"{name} begins at {unit} {node['begin']}, and training ends at {end}: it never acts."
+    if type_name(node) in WARMUPS and isinstance(node.get("end"), (int, float)) and node["end"] > end:
+        return f"{name} warms up until {unit} {node['end']}, and training ends at {end}: it stays below its full rate."
+    return None
+
+
+def _notes_of_rules(wrapper: dict, model: nn.Module) -> list[str]:
+    """Tells of rules for single parameters that none follows."""
+    if wrapper.get("constructor", CONSTRUCTORS[0]) not in CONSTRUCTORS:
+        return []
+    names = [name for name, _ in model.named_parameters()]
+    rules = (wrapper.get("paramwise_cfg") or {}).get("custom_keys") or {}
+    return [
+        f"optim_wrapper.paramwise_cfg.custom_keys[{key!r}]: no parameter of the model has this in its name."
+        for key in rules
+        if not any(key in name for name in names)
+    ]
 
 
 def _check_count(name: str, value: Any, least: int, never: int | None = None) -> None:
@@ -95,13 +172,6 @@ def _check_count(name: str, value: Any, least: int, never: int | None = None) ->
         raise ValueError(
             f"{name} is {value!r}: expected a whole number, {least} or more" + (f" ({never}: never)." if never else ".")
         )
-
-
-def _default_loop(name: str, node: dict) -> str:
-    """The loop that the Runner takes where none is named."""
-    if name == "train_cfg":
-        return "EpochBasedTrainLoop" if node.get("by_epoch", True) else "IterBasedTrainLoop"
-    return "ValLoop" if name == "val_cfg" else "TestLoop"
 
 
 def _typed(node: Any, name: str) -> Iterator[tuple[str, dict]]:
@@ -132,7 +202,7 @@ def _check_schedule(name: str, node: dict, wrapper: OptimWrapper, loop: Any) -> 
         raise ValueError(f"{name}: {describe(error)}") from error
     if not isinstance(loop, dict) or acts_after_validation or not getattr(scheduler, "by_epoch", False):
         return
-    if class_of({"type": _default_loop("train_cfg", loop), **loop}, LOOPS) is IterBasedTrainLoop:
+    if class_of(default_loop("train_cfg", loop), LOOPS) is IterBasedTrainLoop:
         raise ValueError(
             f"{name} counts epochs (by_epoch=True, which is the default), and train_cfg iterations: it would take no "
             "step. Set by_epoch=False."

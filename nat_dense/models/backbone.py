@@ -241,7 +241,7 @@ class NeighborhoodBackbone(BaseModule):
             raise ValueError(f"depths={depths} and num_heads={num_heads}: expected one number >= 1 a stage in both")
         if dilations is None and arch is not None:
             dilations = self.default_dilations
-        dilations = _resolve_dilations(self.family, dilations, depths)
+        dilations = resolve_dilations(self.family, dilations, depths)
 
         self.arch = arch
         self.in_chans = in_chans
@@ -275,6 +275,12 @@ class NeighborhoodBackbone(BaseModule):
             self.add_module(f"norm{i}", nn.LayerNorm(self.num_features[i]))
         for module in self._frozen_modules():
             module.requires_grad_(False)
+
+    @property
+    def dilations(self) -> tuple[tuple[int, ...], ...]:
+        """The dilation of each block of each stage."""
+        stages: Any = self.stages
+        return tuple(tuple(block.attn.dilation for block in stage.blocks) for stage in stages)
 
     @property
     def stages(self) -> nn.ModuleList:
@@ -352,7 +358,12 @@ def _architecture(family: str, arch: str | None, given: dict) -> dict:
     return fields
 
 
-def _resolve_dilations(family: str, dilations: Dilations, depths: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+def resolve_dilations(family: str, dilations: Dilations, depths: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """A dilation for each block of each stage.
+
+    Raises:
+        ValueError: There is no such preset, or the numbers are not those of these depths.
+    """
     if dilations is None:
         return tuple((1,) * depth for depth in depths)
     if isinstance(dilations, str):

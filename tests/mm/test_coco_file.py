@@ -4,6 +4,7 @@ import json
 
 import pytest
 from mmengine.registry import DATASETS
+from PIL import Image
 
 from nat_dense.mm.data_checks import check_data
 from tests.mm.small import TRAIN, edit_annotations, message
@@ -17,7 +18,10 @@ def test_boxes_that_are_not_trained_with(coco, bbox, area):
     edit_annotations(root, lambda c: c["annotations"][1].update(bbox=bbox, area=area))
     (notice,) = check_data(cfg, TRAIN)
     assert "train_dataloader.dataset.ann_file: " in notice
-    assert f"1 of 4 boxes are left out: smaller than a pixel or outside their image, such as {bbox} (id 2)" in notice
+    assert (
+        f"1 of 4 boxes are left out: smaller than a pixel, of area 0 or outside their image, such as {bbox} (id 2)"
+        in notice
+    )
     instances = [len(DATASETS.build(cfg.train_dataloader.dataset).get_data_info(i)["instances"]) for i in range(4)]
     assert instances == [1, 0, 1, 1]  # MMDetection says nothing of it
     edit_annotations(root, lambda c: c["annotations"][1].update(ignore=1))
@@ -48,7 +52,10 @@ def test_boxes_as_fractions_of_the_image(coco):
     cfg, root = coco
     edit_annotations(root, lambda c: [a.update(bbox=[0.1, 0.1, 0.5, 0.5]) for a in c["annotations"]])
     text = message(ValueError, cfg)
-    assert "all 4 boxes are smaller than a pixel or outside their image, such as [0.1, 0.1, 0.5, 0.5] (id 1)" in text
+    assert (
+        "all 4 boxes are smaller than a pixel, of area 0 or outside their image, such as [0.1, 0.1, 0.5, 0.5] (id 1)"
+        in text
+    )
     assert text.endswith("on 96x64 pixels: expected [x, y, width, height] in pixels.")
 
 
@@ -224,3 +231,23 @@ def test_mmdetection_numbers_labels_in_the_order_of_the_file(coco):
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
     assert dataset.metainfo["classes"][1] == "bicycle"
     assert dataset.get_data_info(1)["instances"][0]["bbox_label"] == 78  # "hair drier" by the config's names
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (dict(iscrowd="0"), "annotations[0].iscrowd is '0': expected 0 or 1"),
+        (dict(image_id="0"), "annotations[0] has image_id '0', which no image has (there is 0)."),
+        (dict(category_id="1"), "annotations[0] has category_id '1', which no category has (there is 1)."),
+    ],
+)
+def test_numbers_as_text(coco, change, expected):
+    cfg, root = coco
+    edit_annotations(root, lambda content: content["annotations"][0].update(change))
+    assert expected in message(ValueError, cfg)
+
+
+def test_pictures_of_one_pixel(coco):
+    cfg, root = coco
+    Image.new("RGB", (1, 1)).save(root / "train2017" / "0.jpg")
+    assert "0.jpg: is 1x1 pixels, its annotation says 96x64" in message(ValueError, cfg)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nat_dense.mm.config import check_keys, load_config, merge_options
-from tests.mm.small import DETECTOR, REPOSITORY, SEGMENTOR
+from tests.mm.small import DETECTOR, REPOSITORY, SEGMENTOR, load_tool
 
 PSPNET = "mmseg::pspnet/pspnet_r101-d8_4xb2-40k_cityscapes-512x1024.py"
 """Its file names the optimizer first, and then makes optim_wrapper of it."""
@@ -208,3 +208,28 @@ def test_modules_of_an_option_are_imported(tmp_path, monkeypatch):
     assert "module_of_an_option" in sys.modules
     with pytest.raises(ImportError, match="Failed to import nat_dens"):
         load_config(DETECTOR, {"custom_imports.imports": ["nat_dens"]})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("model.roi_head.bbox_head.reg_class_agnostic", "False", "reg_class_agnostic is the text 'False': write it"),
+        ("resume", "True", "resume is the text 'True': write it without quotes"),
+        ("work_dir", 5, "work_dir is 5: expected a folder's name"),
+    ],
+)
+def test_values_of_another_kind(field, value, expected):
+    cfg = load_config(DETECTOR)
+    cfg.merge_from_dict({field: value})
+    with pytest.raises(ValueError, match=expected):
+        check_keys(cfg)
+
+
+@pytest.mark.parametrize("value", ["dict(type='Pretrained')", "{'type':'Pretrained'}"])
+def test_a_dict_on_the_command_line(value, capsys):
+    with pytest.raises(SystemExit):
+        load_tool("train").main([DETECTOR, "--cfg-options", f"model.backbone.init_cfg={value}"])
+    error = capsys.readouterr().err.strip()
+    assert error.endswith(
+        "model.backbone.init_cfg: a dict can't be given here; set its fields, model.backbone.init_cfg.FIELD=VALUE"
+    )

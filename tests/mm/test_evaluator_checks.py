@@ -136,3 +136,12 @@ def test_the_scores_of_segmentors_are_those_that_a_real_evaluation_gives(chosen)
     labels = dict(data=torch.tensor([[[0, 1]]]))
     evaluator.process({}, [dict(pred_sem_seg=labels, gt_sem_seg=labels)])
     assert set(IOU.scores[chosen]) == set(evaluator.evaluate(1))
+
+
+def test_what_stops_a_training_early(coco):
+    cfg, _ = coco
+    cfg.custom_hooks = [dict(type="EarlyStoppingHook", monitor="coco/bbox_mAP")]
+    check_data(cfg, TRAIN)
+    cfg.custom_hooks[0]["monitor"] = "coco/bbox_map"
+    text = message(ValueError, cfg)
+    assert "custom_hooks.0.monitor: validation gives no 'coco/bbox_map'. Did you mean 'coco/bbox_mAP'?" in text

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from mmcv.transforms import BaseTransform
+from mmengine.dataset import DefaultSampler
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.registry import DATA_SAMPLERS, HOOKS, LOOPS, METRICS, TRANSFORMS
@@ -156,6 +157,11 @@ class OwnLoop(ValLoop):
 
 
 @DATA_SAMPLERS.register_module()
+class OwnSampler(DefaultSampler):
+    """Images in any order."""
+
+
+@DATA_SAMPLERS.register_module()
 class OwnBatches(BatchSampler):
     """Batches of any kind."""
 
@@ -173,7 +179,7 @@ class Prepares(Hook):
     [
         dict(val_cfg=dict(type="OwnLoop")),
         dict(custom_hooks=[dict(type="Prepares")]),
-        {"val_dataloader.sampler.type": "InfiniteSampler"},
+        {"val_dataloader.sampler.type": "OwnSampler"},
         {"val_dataloader.batch_sampler": dict(type="OwnBatches", drop_last=False)},
         dict(data_checks=dict(validation="none")),
     ],
@@ -280,3 +286,16 @@ def test_what_a_worker_raises_is_told_without_its_traceback(error, expected):
     assert text.endswith(expected)
     assert len(text) < 50
     assert re.fullmatch(r".+test_first_batch.py:\d+: raise self.error", place_of(raised.value))
+
+
+def test_masks_that_a_model_does_not_predict(tmp_path, capsys):
+    """Which COCO's metric would miss after an epoch, or a whole test."""
+    options = [*coco_options(write_coco(tmp_path / "coco")), "model.roi_head.mask_head=None"]
+    options += ["model.roi_head.mask_roi_extractor=None", "train_dataloader.dataset.pipeline.1.with_mask=False"]
+    expected = "the evaluator's metric 'segm' compares masks, and this model predicts none"
+    assert expected in fails(DETECTOR, options, tmp_path, capsys)
+    options.append("val_evaluator.metric=bbox")
+    load_tool("train").main([DETECTOR, "--work-dir", str(tmp_path / "boxes"), "--cfg-options", *options])
+    with pytest.raises(SystemExit):
+        load_tool("test").main([DETECTOR, str(tmp_path / "boxes" / "epoch_1.pth"), "--cfg-options", *options])
+    assert f"before a batch was tested: {expected}" in capsys.readouterr().err

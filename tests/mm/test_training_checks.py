@@ -180,6 +180,64 @@ def test_the_model_is_left_alone():
     assert cfg.pretty_text == text
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("default_hooks.loger", dict(interval=1), "default_hooks.loger has no type: .* Did you mean 'logger'"),
+        ("custom_hooks", dict(type="EMAHook"), "custom_hooks is a dict: expected a list"),
+        (
+            "custom_hooks",
+            [dict(type="EMAHook", priority="HIHG")],
+            r"custom_hooks.0.priority is 'HIHG': .* one of HIGHEST",
+        ),
+        ("randomness", dict(sed=3), "randomness: Runner has no field 'sed'. Did you mean 'seed'"),
+        (
+            "visualizer.line_widh",
+            3,
+            "visualizer: DetLocalVisualizer has no field 'line_widh'. Did you mean 'line_width'",
+        ),
+        ("log_processor.window_sise", 3, "log_processor: LogProcessor has no field 'window_sise'. Did you mean"),
+        ("visualizer.vis_backends", [dict(type="LocalVisBackend", sav_dir="x")], r"visualizer.vis_backends.0: Local"),
+    ],
+)
+def test_what_reports_and_hooks_in(field, value, expected):
+    cfg = load(DETECTOR)
+    cfg.merge_from_dict({field: value})
+    with pytest.raises(ValueError, match=expected):
+        check_training(cfg, nn.Linear(16, 16))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "note"),
+    [
+        (dict(type="CosineAnnealingLR", T_max=9, begin=4, by_epoch=False), "param_scheduler.0 begins at iteration 4, "),
+        (
+            dict(type="LinearLR", start_factor=0.1, end=9, by_epoch=False),
+            "warms up until iteration 9, and training ends",
+        ),
+        (dict(type="LinearLR", start_factor=0.1, end=4, by_epoch=False), ""),
+        (dict(type="CosineAnnealingLR", T_max=9, begin=3, by_epoch=False), ""),
+    ],
+)
+def test_schedules_that_a_short_training_does_not_reach(schedule, note):
+    cfg = load(SEGMENTOR, "optim_wrapper.paramwise_cfg=None")
+    cfg.train_cfg.max_iters = 4
+    cfg.param_scheduler = [schedule]
+    notes = check_training(cfg, nn.Linear(16, 16))
+    assert len(notes) == bool(note)
+    assert all(note in found for found in notes)
+
+
+def test_rules_that_no_parameter_follows():
+    cfg = load(DETECTOR)
+    rules = dict(bakbone=dict(lr_mult=0.1), weight=dict(decay_mult=0.5))
+    cfg.optim_wrapper.paramwise_cfg = dict(custom_keys=rules)
+    (note,) = check_training(cfg, nn.Linear(16, 16))
+    assert note == (
+        "optim_wrapper.paramwise_cfg.custom_keys['bakbone']: no parameter of the model has this in its name."
+    )
+
+
 def test_fields_are_those_of_base_classes_too():
     class Open(Hook):
         def __init__(self, own: int, **others):

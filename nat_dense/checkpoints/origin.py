@@ -1,0 +1,74 @@
+"""What a checkpoint was trained as, where its file or folder says so: dilations are no weights."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nat_dense.checkpoints.reading import DIRECTORY_FILES, Checkpoint
+from nat_dense.models import NAT, DiNAT, DiNAT_s
+from nat_dense.models.backbone import Dilations, NeighborhoodBackbone, resolve_dilations
+
+FAMILIES: dict[str, type[NeighborhoodBackbone]] = {"NAT": NAT, "DiNAT": DiNAT, "DiNAT_s": DiNAT_s}
+
+_TYPE = re.compile(r"\btype=['\"](?:\w+\.)*(NAT|DiNAT|DiNAT_s)['\"]")
+_ROWS = r"[\[(]\s*(?:[\[(][\d\s,]*[\])][\s,]*)+[\])]"
+_DILATIONS = re.compile(rf"\bdilations=(?:['\"]([\w-]+)['\"]|({_ROWS}))")
+"""As they stand in the text of a config. Dilations of heads are single numbers or a flat list."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A backbone as the config beside its weights has it.
+
+    Attributes:
+        family: "NAT", "DiNAT" or "DiNAT_s".
+        dilations: As in `NeighborhoodBackbone`, None for none.
+    """
+
+    family: str
+    dilations: Dilations
+
+    def resolved(self, depths: tuple[int, ...]) -> tuple[tuple[int, ...], ...] | None:
+        """A dilation for each block of a model of these depths; None where they can't be those of the weights."""
+        try:
+            return resolve_dilations(self.family, self.dilations, depths)
+        except ValueError:
+            return None
+
+
+def origin_of(checkpoint: Checkpoint) -> Origin | None:
+    """Reads the config that MMEngine keeps in a checkpoint, or transformers beside one, as text; runs nothing.
+
+    Returns:
+        What it says, or None where there is none, or it has not one of our backbones.
+    """
+    meta = checkpoint.extras.get("meta")
+    text = meta.get("cfg") if isinstance(meta, Mapping) else None
+    if isinstance(text, str):
+        return _of_mmengine(text)
+    return _of_transformers(checkpoint) if checkpoint.path.name in DIRECTORY_FILES else None
+
+
+def _of_mmengine(text: str) -> Origin | None:
+    families = set(_TYPE.findall(text))
+    if len(families) != 1:
+        return None
+    family = families.pop()
+    given = _DILATIONS.search(text)
+    if given is None:
+        has_preset = re.search(r"\barch=['\"]", text) is not None
+        return Origin(family, FAMILIES[family].default_dilations if has_preset else None)
+    return Origin(family, given[1] or ast.literal_eval(given[2]))
+
+
+def _of_transformers(checkpoint: Checkpoint) -> Origin | None:
+    try:
+        config = json.loads((checkpoint.path.parent / "config.json").read_text(encoding="utf-8"))
+        family = {"nat": "NAT", "dinat": "DiNAT"}[config["model_type"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Origin(family, config.get("dilations") if family == "DiNAT" else None)

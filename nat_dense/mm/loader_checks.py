@@ -1,0 +1,112 @@
+"""Whether a config's dataloaders end, and agree with each other and with the model, is found before training starts."""
+
+import inspect
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.dataset import InfiniteSampler
+from mmengine.registry import DATA_SAMPLERS, FUNCTIONS, LOOPS
+from mmengine.runner import EpochBasedTrainLoop, TestLoop, ValLoop
+from torch.utils.data import DataLoader
+
+from nat_dense.mm.fields import check_fields, check_node, class_of, default_loop, known_class
+from nat_dense.mm.sources import SEGMENTATION_DATASET, Source
+
+LOADER_FIELDS = ("num_batch_per_epoch", "disable_subprocess_warning")
+"""What MMEngine's Runner takes of a dataloader beside the arguments of torch's DataLoader."""
+
+
+def check_loader(cfg: Config, name: str) -> None:
+    """Checks the fields of a dataloader, and that its loop comes to an end.
+
+    Args:
+        cfg: the config; its `default_scope` must be active.
+        name: such as "train_dataloader".
+
+    Raises:
+        ValueError: a field is misspelt or no number, or the sampler never ends where the loop waits for its end.
+    """
+    loader = cfg[name]
+    check_fields(name, "DataLoader", loader, [*LOADER_FIELDS, *inspect.signature(DataLoader).parameters])
+    size = loader.get("batch_size", 1)
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"{name}.batch_size is {size!r}: expected a number of images, 1 or more.")
+    workers = loader.get("num_workers", 0)
+    if not isinstance(workers, int) or workers < 0:
+        raise ValueError(f"{name}.num_workers is {workers!r}: expected a number of processes, or 0 for none.")
+    for field in ("sampler", "batch_sampler"):
+        if isinstance(loader.get(field), dict):
+            check_node(f"{name}.{field}", loader[field], DATA_SAMPLERS)
+    if isinstance(loader.get("collate_fn"), dict):
+        known_class(f"{name}.collate_fn", loader["collate_fn"], FUNCTIONS)
+    place = name.replace("dataloader", "cfg")
+    loop = class_of(default_loop(place, cfg.get(place) or {}), LOOPS)
+    sampler = loader.get("sampler")
+    never_ends = isinstance(sampler, dict) and class_of(sampler, DATA_SAMPLERS) is InfiniteSampler
+    if never_ends and loop in (EpochBasedTrainLoop, ValLoop, TestLoop):
+        raise ValueError(
+            f"{name}.sampler is an InfiniteSampler, and {place} ({loop.__name__}) goes on until its sampler ends. Set "
+            f"{name}.sampler.type=DefaultSampler."
+        )
+
+
+def notes_of_pair(training: Source, other: Source) -> list[str]:
+    """Tells where a dataset reads its labels in another way than that of the training.
+
+    Args:
+        training: a dataset that is trained on.
+        other: one that is validated or tested on.
+
+    Raises:
+        ValueError: they have the same classes in another order, so that predictions would be taken for other classes.
+    """
+    ours, theirs = training.classes, other.classes
+    if ours != theirs and sorted(ours) == sorted(theirs):
+        raise ValueError(
+            f"{other.name} has the classes of {training.name} in another order ({', '.join(theirs)} instead of "
+            f"{', '.join(ours)}): predictions would be taken for other classes. Give both the same order."
+        )
+    if SEGMENTATION_DATASET not in (training.reader, other.reader):
+        return []
+    reduced = [bool(source.argument("reduce_zero_label")) for source in (training, other)]
+    if reduced[0] == reduced[1]:
+        return []
+    return [
+        f"reduce_zero_label is {reduced[0]} in {training.name} and {reduced[1]} in {other.name}: unless their label "
+        "maps differ in this way, one of them reads every class as its neighbour."
+    ]
+
+
+def notes_of_preprocessing(model: dict, source: Source) -> list[str]:
+    """Tells what a dataset's pipeline and the model's preprocessor do twice, or contrary to each other."""
+    preprocessor = model.get("data_preprocessor") or {}
+    notes = []
+    if source.transforms("Normalize") and preprocessor.get("mean"):
+        notes.append(
+            f"{source.name}: its pipeline has Normalize, and model.data_preprocessor normalises once more; leave one "
+            "of them out."
+        )
+    padding, ignored = preprocessor.get("seg_pad_val", 255), _ignored_labels(model)
+    if source.reader == SEGMENTATION_DATASET and preprocessor.get("size") and ignored and padding not in ignored:
+        notes.append(
+            f"model.data_preprocessor.seg_pad_val is {padding}, which the heads take for a class (their ignore_index: "
+            f"{', '.join(map(str, ignored))}): they learn from the padding."
+        )
+    return notes
+
+
+def _ignored_labels(model: dict) -> list[Any]:
+    heads = model.get("decode_head") or []
+    return [head.get("ignore_index", 255) for head in (heads if isinstance(heads, (list, tuple)) else [heads])]
+
+
+def notes_of_prefix(source: Source, read: set[str]) -> list[str]:
+    """Tells of folders in `data_prefix` that nobody reads, beside those (`read`) that are."""
+    parameter = inspect.signature(source.cls.__init__).parameters.get("data_prefix")
+    default = parameter.default if parameter and isinstance(parameter.default, dict) else {}
+    known = read | set(default)
+    return [
+        f"{source.name}.data_prefix.{key} is read by nothing; the dataset reads {', '.join(sorted(read))}."
+        for key in source.cfg.get("data_prefix") or {}
+        if key not in known
+    ]
