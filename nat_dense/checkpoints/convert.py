@@ -64,6 +64,8 @@ def convert(
         ValueError: The file is refused as in `load`, can't be what is asked for, or would
             be replaced by less.
     """
+    if model_type is not None and to != "hf":
+        raise ValueError(f"model_type={model_type!r} (--model-type) is for to='hf', not to={to!r}")
     target = Path(target)
     folder = _check_target(target, to, overwrite)
     checkpoint, layout = open_checkpoint(source, prefix=prefix, trust=trust, sha256=sha256, entry=entry)

@@ -11,7 +11,7 @@ from typing import Any
 from mmengine.config import Config
 
 from nat_dense.files import atomic, check_free
-from nat_dense.mm.config import load_config, merge_options
+from nat_dense.mm.config import OLD_KEYS, load_config, merge_options
 from nat_dense.mm.swap.changes import as_text, changes_between, differences
 from nat_dense.mm.swap.plan import BACKBONES, plan_swap
 from nat_dense.mm.swap.training import use_adamw
@@ -68,10 +68,14 @@ def check_new_config(out: Path, overwrite: bool) -> None:
 def write_expanded(cfg: Config, out: Path) -> None:
     """Writes a whole config that inherits from nothing, so that any tool can read it anywhere.
 
+    What its files import stays out, as do variables that older releases would take for settings.
+
     Raises:
         ValueError: A value can't be written down as text.
     """
-    _write(cfg.pretty_text, out, cfg)
+    imported = {key for key, value in cfg._cfg_dict.items() if callable(value)}
+    whole = Config({key: value for key, value in cfg.to_dict().items() if key not in imported.union(OLD_KEYS)})
+    _write(whole.pretty_text, out, whole)
 
 
 def write_inheriting(cfg: Config, config: str, out: Path) -> None:
