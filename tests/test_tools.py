@@ -195,6 +195,9 @@ def test_misspelt_test_time_augmentation(segmentor, tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluate([SEGMENTOR, str(run / "iter_2.pth"), *arguments, "tta_pipeline.1.transforms.0.2.type=Resiz"])
     assert "tta_pipeline[1].transforms[0][2]: there is no transform 'Resiz'. Did you" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluate([SEGMENTOR, str(run / "iter_2.pth"), *arguments, "tta_model.tta_cgf=1"])
+    assert "tta_model: SegTTAModel has no field 'tta_cgf'." in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -48,9 +48,7 @@ def check_model(cfg: Config, *, training: bool = True) -> tuple[nn.Module, list[
     """
     if not cfg.get("model"):
         raise ValueError(f"{cfg.filename or 'the config'} has no model: is it a config to train or test with?")
-    std = (cfg.model.get("data_preprocessor") or {}).get("std")
-    if isinstance(std, (list, tuple)) and 0 in std:
-        raise ValueError("model.data_preprocessor.std has a 0, by which images would be divided.")
+    _check_statistics(cfg.model.get("data_preprocessor") or {})
     backbone = cfg.model.get("backbone") or {}
     if cls := _class_of(backbone):
         check_object("model.backbone", backbone, cls)
@@ -65,7 +63,16 @@ def check_model(cfg: Config, *, training: bool = True) -> tuple[nn.Module, list[
         _load_initial_weights(model, on_disk=True)
     if training and cfg.get("train_dataloader"):
         _check_batch_norm(model, cfg.train_dataloader.get("batch_size", 1))
-    return model, warnings + _check_dilations(cfg)
+    return model, warnings + _check_dilations(cfg) + (_notes_of_frozen(cfg, model) if training else [])
+
+
+def _check_statistics(preprocessor: dict) -> None:
+    for field in ("mean", "std"):
+        values = preprocessor.get(field)
+        if isinstance(values, (list, tuple)) and not all(isinstance(value, (int, float)) for value in values):
+            raise ValueError(f"model.data_preprocessor.{field} is {list(values)}: expected a number a channel.")
+    if isinstance(std := preprocessor.get("std"), (list, tuple)) and 0 in std:
+        raise ValueError("model.data_preprocessor.std has a 0, by which images would be divided.")
 
 
 def _check_initial_weights(model: dict) -> None:
@@ -214,6 +221,18 @@ def _norm_of_one_place(model: nn.Module) -> str | None:
         if pools and norms:
             return name
     return None
+
+
+def _notes_of_frozen(cfg: Config, model: nn.Module) -> list[str]:
+    backbone = getattr(model, "backbone", None)
+    if not isinstance(backbone, NeighborhoodBackbone) or backbone.frozen_stages < 0:
+        return []
+    if backbone.init_cfg or getattr(model, "init_cfg", None) or cfg.get("load_from") or cfg.get("resume"):
+        return []
+    return [
+        f"model.backbone.frozen_stages is {backbone.frozen_stages} and nothing says which weights it starts from: what "
+        "is frozen stays random."
+    ]
 
 
 def _check_dilations(cfg: Config) -> list[str]:

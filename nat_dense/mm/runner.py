@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.registry import RUNNERS, init_default_scope
+from mmengine.registry import MODELS, RUNNERS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 
@@ -16,6 +16,7 @@ from nat_dense.checkpoints.download import check_source
 from nat_dense.mm.checkpoints import DropEmbeddedConfig, check_fits, check_work_dir, refuse_pickled_code
 from nat_dense.mm.config import LOADERS, check_keys
 from nat_dense.mm.data_checks import check_data, read_choices
+from nat_dense.mm.fields import check_node
 from nat_dense.mm.first_batch import TryValidation
 from nat_dense.mm.machine import fit_to_machine, keep_freed_memory
 from nat_dense.mm.model_checks import check_last_batch, check_model, fetch_initial_weights
@@ -62,6 +63,8 @@ def build_runner(
         notices += check_training(cfg, model)
     if tta:
         check_transforms(cfg.get("tta_pipeline") or [], "tta_pipeline")
+        if cfg.get("tta_model"):
+            check_node("tta_model", cfg.tta_model, MODELS)
     notices += check_data(cfg, tuple(name for name in LOADERS[mode] if cfg.get(name)))
     if training:
         check_last_batch(cfg, model)

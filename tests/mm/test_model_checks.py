@@ -33,6 +33,7 @@ def segmentor(*options: str):
     ("option", "expected"),
     [
         ("model.data_preprocessor.std=[1,0,1]", "model.data_preprocessor.std has a 0"),
+        ("model.data_preprocessor.mean=[a,b,c]", "model.data_preprocessor.mean is ['a', 'b', 'c']: expected a number"),
         ("model.backbone.arch=tinny", "arch='tinny'"),
         ("model.backbone.depths=[1,1,1]", "depths=(1, 1, 1)"),
         ("model.backbone.num_heads=[3,2,4,8]", "3"),
@@ -210,6 +211,13 @@ def test_batch_norm_with_one_image_left_over(tmp_path, monkeypatch, images, batc
             check_last_batch(cfg, model)
         cfg.train_dataloader.drop_last = True
     check_last_batch(cfg, model)
+
+
+def test_frozen_stages_of_random_weights_are_told():
+    (note,) = check_model(detector("model.backbone.frozen_stages=1"))[1]
+    assert note.startswith("model.backbone.frozen_stages is 1 and nothing says which weights it starts from")
+    assert check_model(detector("model.backbone.frozen_stages=1"), training=False)[1] == []
+    assert check_model(detector("model.backbone.frozen_stages=1", "load_from=x.pth"))[1] == []
 
 
 def test_batches_of_one_image_where_no_size_is_given(tmp_path):
