@@ -51,7 +51,7 @@ class Pretrained:
             raise ValueError(
                 f"init_cfg=dict(type='Pretrained', ...) of {checkpoint} has the fields {', '.join(others)}; expected "
                 f"{', '.join(known)} alone. Where they come from a parent config, replace all of it: "
-                "init_cfg=dict(_delete_=True, ...)"
+                "init_cfg=dict(_delete_=True, ...), or init_cfg._delete_=True beside them in --cfg-options"
             )
         self.checkpoint = checkpoint
         self.prefix = prefix
