@@ -1,6 +1,6 @@
 """Swaps the backbone of every config that ships with the installed MMDetection and MMSegmentation, and counts.
 
-python benchmarks/swap_sweep.py --results sweep.json --runs 150 --table docs/swap.md
+python benchmarks/swap_sweep.py --results sweep.json --runs 150 --table docs/swap_configs.md
 
 Each config ends up in one of four classes: swapped and built; refused with a reason; the original itself neither parses
 nor builds here; failed. Some of the swapped models, chosen at random, also run a loss forward and backward on random

@@ -29,7 +29,7 @@ def write_page(file: Path, configs: Mapping[str, dict], runs: Mapping[str, dict]
         backbone: The one that all configs were swapped to.
         seed: Of the choice of the runs.
     """
-    prose = file.read_text().partition(MARKER)[0] if file.exists() else ""
+    prose = file.read_text(encoding="utf-8").partition(MARKER)[0] if file.exists() else ""
     lines = [
         MARKER,
         "",
