@@ -41,7 +41,7 @@ def write_page(file: Path, configs: Mapping[str, dict], runs: Mapping[str, dict]
         "",
         *_runs(runs, seed),
     ]
-    file.write_text(prose + "\n".join(lines) + "\n")
+    file.write_text(prose + "\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _conditions(configs: Mapping[str, dict], backbone: str) -> Iterator[str]:
