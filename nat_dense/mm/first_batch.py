@@ -107,11 +107,10 @@ class TryValidation(Hook):
 def _check_masks(metrics: Sequence[Any], outputs: Sequence[Any]) -> None:
     """Masks are first missed when the scores of all images are computed."""
     wanted = [metric for metric in metrics if metric_of(type(metric)) is COCO and "segm" in metric.metrics]
-    found = [output.pred_instances for output in outputs if "pred_instances" in output]
+    predictions = [output for output in outputs if isinstance(output, BaseDataElement)]
+    found = [output.pred_instances for output in predictions if "pred_instances" in output]
     if wanted and found and not any("masks" in instances for instances in found):
-        raise ValueError(
-            "the evaluator's metric 'segm' compares masks, and this model predicts none: leave 'bbox' alone"
-        )
+        raise ValueError("the evaluator's metric 'segm' compares masks, and this model predicts none; set it to 'bbox'")
 
 
 def _is_usual(runner: Any) -> bool:
