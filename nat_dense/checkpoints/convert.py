@@ -82,7 +82,10 @@ def convert(
     tensors = found.sources
     if to == "hf":
         origin = origin_of(checkpoint)
-        model_type = _model_type(architecture, layout, origin, model_type, source, needed=head or folder)
+        changed = model_type == "dinat" and dilations is not None  # on purpose
+        model_type = _model_type(
+            architecture, layout, None if changed else origin, model_type, source, needed=head or folder
+        )
         tensors = to_hf(tensors, model_type if head else None)
     elif to == "mm":
         tensors = _with_heads(found, layout)

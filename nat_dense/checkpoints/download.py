@@ -56,7 +56,12 @@ def fetch(source: str | Path, *, sha256: str | None = None) -> Path:
 
 def local(source: str | Path) -> Path | None:
     """The file or folder of this machine that a source names, "~" included; None where there is none."""
-    path = Path(source).expanduser()
+    path = Path(source)
+    if not path.exists() and str(source).startswith("~"):
+        try:
+            path = path.expanduser()
+        except RuntimeError:  # a user that there is not
+            return None
     return path if path.exists() else None
 
 

@@ -54,15 +54,22 @@ def origin_of(checkpoint: Checkpoint) -> Origin | None:
 
 
 def _of_mmengine(text: str) -> Origin | None:
-    families = set(_TYPE.findall(text))
-    if len(families) != 1:
+    start = re.search(r"^model = ", text, re.MULTILINE)
+    model = text[start.start() :] if start else ""
+    types = list(_TYPE.finditer(model))
+    if len({found[1] for found in types}) != 1:
         return None
-    family = families.pop()
-    given = _DILATIONS.search(text)
+    # MMEngine sorts fields by name: those of a backbone stand before its type.
+    family, end = types[0][1], types[0].start()
+    backbone = model[max(model.rfind("backbone=dict(", 0, end), 0) : end]
+    given = _DILATIONS.search(backbone)
     if given is None:
-        has_preset = re.search(r"\barch=['\"]", text) is not None
+        has_preset = re.search(r"\barch=['\"]", backbone) is not None
         return Origin(family, FAMILIES[family].default_dilations if has_preset else None)
-    return Origin(family, given[1] or ast.literal_eval(given[2]))
+    try:
+        return Origin(family, given[1] or ast.literal_eval(given[2]))
+    except SyntaxError:  # not written by MMEngine
+        return None
 
 
 def _of_transformers(checkpoint: Checkpoint) -> Origin | None:

@@ -82,7 +82,7 @@ def _check_entries(content: dict[str, Any], where: str) -> None:
         box = annotation["bbox"]
         if not isinstance(box, list) or len(box) != 4 or not all(isinstance(x, (int, float)) for x in box):
             raise ValueError(f"{where}: annotations[{i}].bbox is {box!r}: expected [x, y, width, height] in pixels.")
-        if annotation.get("iscrowd", 0) not in (0, 1):
+        if annotation.get("iscrowd") not in (0, 1, None):
             raise ValueError(f"{where}: annotations[{i}].iscrowd is {annotation['iscrowd']!r}: expected 0 or 1.")
         if not isinstance(annotation["area"], (int, float)):
             raise ValueError(f"{where}: annotations[{i}].area is {annotation['area']!r}: expected a number of pixels.")

@@ -9,7 +9,6 @@ A config (or `--cfg-options`) may set `data_checks`, a dict with:
 - `validation`: "try" (default: validate one batch before training, see `first_batch`) or "none".
 """
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,17 @@ from mmengine.registry import DATASETS
 from nat_dense.listing import listing
 from nat_dense.mm.coco_file import check_boxes, check_categories, check_coco_file, check_outlines, of_classes
 from nat_dense.mm.config import evaluators
-from nat_dense.mm.evaluator_checks import check_evaluators, is_scored
+from nat_dense.mm.evaluator_checks import check_evaluators, coco_files, is_scored
 from nat_dense.mm.fields import check_fields
 from nat_dense.mm.images import CHANNELS, Picture, find_bad_images, find_bad_labels, sample
-from nat_dense.mm.loader_checks import check_loader, notes_of_pair, notes_of_prefix, notes_of_preprocessing
+from nat_dense.mm.loader_checks import (
+    check_loader,
+    notes_of_padding,
+    notes_of_pair,
+    notes_of_prefix,
+    notes_of_preprocessing,
+    reduces_zero_label,
+)
 from nat_dense.mm.pipelines import check_datasets
 from nat_dense.mm.sources import COCO_DATASET, SEGMENTATION_DATASET, Source, sources_of
 
@@ -83,7 +89,7 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
         check_datasets(cfg[loader].get("dataset"), f"{loader}.dataset")
         for source in sources_of(cfg[loader].get("dataset"), f"{loader}.dataset"):
             _check_zero_label(source)
-            pictures, notices = _find_pictures(source, checks, annotated=scored)
+            pictures, notices = _find_pictures(source, checks, annotated=scored, scored=coco_files(cfg, loader))
             warnings += notices
             bad = find_bad_images(pictures, checks["images"], _expected_channels(cfg, source))
             warnings += _report_bad_images(source, bad, len(pictures), checks)
@@ -98,17 +104,18 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
             warnings += notes_of_preprocessing(cfg.model, source)
             if loader == "train_dataloader":
                 trained.append(source)
+                warnings += notes_of_padding(cfg.model, source)
                 warnings += _notes_of_crops(cfg, source)
                 _check_masks(cfg.model, source)
             elif trained:
-                warnings += notes_of_pair(trained[0], source)
+                warnings += notes_of_pair(cfg.model, trained[0], source)
             if part:
                 _check_names(source, pictures, part, named)
             if bad:  # at last: what the other checks read of the source is what is wrapped here
                 _leave_out(source, bad)
     for loader in sorted(set(loaders) - {"train_dataloader"}):
-        check_evaluators(cfg, loader)
-    return warnings
+        warnings += check_evaluators(cfg, loader)
+    return list(dict.fromkeys(warnings))
 
 
 def _naming_part(cfg: Config) -> str | None:
@@ -131,9 +138,7 @@ def _check_names(source: Source, pictures: list[Picture], part: str, named: dict
 
 
 def _check_zero_label(source: Source) -> None:
-    parameter = inspect.signature(source.cls.__init__).parameters.get("reduce_zero_label")
-    default = None if parameter is None else parameter.default  # else a class may set it itself
-    zero_is_void = source.cfg.get("reduce_zero_label", default)
+    zero_is_void = reduces_zero_label(source)
     loads = source.transform("LoadAnnotations").get("reduce_zero_label")
     if source.reader == SEGMENTATION_DATASET and None not in (loads, zero_is_void) and loads != zero_is_void:
         raise ValueError(
@@ -169,8 +174,10 @@ def read_choices(cfg: Config) -> dict[str, str]:
     return {key: given.get(key, values[0]) for key, values in CHOICES.items()}
 
 
-def _find_pictures(source: Source, checks: dict[str, str], annotated: bool) -> tuple[list[Picture], list[str]]:
-    """The images of a dataset whose form is known, and warnings for the user."""
+def _find_pictures(
+    source: Source, checks: dict[str, str], annotated: bool, scored: set[Path]
+) -> tuple[list[Picture], list[str]]:
+    """The images of a dataset of a known form, and warnings for the user; COCO's metrics read the files `scored`."""
     root, prefix = source.cfg.get("data_root"), source.cfg.get("data_prefix") or {}
     places = (root, source.argument("ann_file"), *prefix.values())
     if source.cfg.get("backend_args") or any("://" in str(place) for place in places):
@@ -207,7 +214,7 @@ def _find_pictures(source: Source, checks: dict[str, str], annotated: bool) -> t
             notices += check_outlines(known, where)
         if annotated and not trains and not content["annotations"]:
             notices.append(f"{where} has no annotations: there is nothing to compare with, and mAP will be -1.")
-        if annotated and not trains and any(annotation["id"] == 0 for annotation in content["annotations"]):
+        if annotated and file.resolve() in scored and any(a["id"] == 0 for a in content["annotations"]):
             notices.append(
                 f"{where} has an annotation of id 0, which COCO's evaluation counts as missed whatever is found: "
                 "number them from 1."

@@ -1,5 +1,6 @@
 """How the command lines report a mistake of the user, in one line and without a traceback; and what stays unsaid."""
 
+import itertools
 import os
 import re
 import sys
@@ -76,8 +77,9 @@ def describe(error: Exception) -> str:
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if IN_WORKER in text:
         lines = text.rstrip().splitlines()
-        last = max(i for i, line in enumerate(lines) if line.startswith("  "))  # of its traceback
-        name, _, text = "\n".join(lines[last + 1 :]).partition(": ")
+        last = max(i for i, line in enumerate(lines) if line.startswith('  File "'))  # and, deeper, its code
+        message = itertools.dropwhile(lambda line: line.startswith("    "), lines[last + 1 :])
+        name, _, text = "\n".join(message).partition(": ")
     else:
         name = type(error).__name__
     text = " ".join(text.split())

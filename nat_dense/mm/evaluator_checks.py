@@ -6,13 +6,14 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
-from mmengine.registry import LOOPS, METRICS
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, LOOPS, METRICS
 from mmengine.runner import ValLoop
 
 from nat_dense.mm.coco_file import check_coco_file
 from nat_dense.mm.config import evaluators
 from nat_dense.mm.errors import did_you_mean
-from nat_dense.mm.fields import check_node, class_of, default_loop, dicts_in, type_name
+from nat_dense.mm.fields import check_node, class_of, default_loop, dicts_in, is_foreign, type_name
 from nat_dense.mm.sources import COCO_DATASET, Source, sources_of
 
 COCO_SCORES = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
@@ -74,12 +75,21 @@ def is_scored(cfg: Config, loader: str) -> bool:
     return not found or not all(evaluator.get("format_only") for evaluator in found)
 
 
-def check_evaluators(cfg: Config, loader: str) -> None:
+def coco_files(cfg: Config, loader: str) -> set[Path]:
+    """The annotation files that COCO's metrics of a dataloader read themselves."""
+    coco = [evaluator for evaluator in evaluators(cfg, loader) if type_name(evaluator).endswith("CocoMetric")]
+    return {Path(file).resolve() for evaluator in coco if (file := evaluator.get("ann_file")) and "://" not in file}
+
+
+def check_evaluators(cfg: Config, loader: str) -> list[str]:
     """Checks the evaluators that go with a dataloader, and that what chooses the best checkpoint is among their scores.
 
     Args:
         cfg: the config; its `default_scope` must be active.
         loader: "val_dataloader" or "test_dataloader".
+
+    Returns:
+        Sentences for the user, on an evaluator that has its dataset's images under other names.
 
     Raises:
         FileNotFoundError: an annotation file is missing.
@@ -88,6 +98,7 @@ def check_evaluators(cfg: Config, loader: str) -> None:
     name = loader.replace("dataloader", "evaluator")
     found = [s for s in sources_of(cfg[loader].get("dataset"), f"{loader}.dataset") if s.reader == COCO_DATASET]
     scores: list[str] | None = []
+    notes: list[str] = []
     for evaluator in evaluators(cfg, loader):
         computed = _check_metrics(name, evaluator)
         scores = None if scores is None or computed is None else scores + computed
@@ -99,9 +110,10 @@ def check_evaluators(cfg: Config, loader: str) -> None:
                 f"{name}.ann_file: no file {file!r}. Set it with --cfg-options {name}.ann_file=FILE."
             )
         if type_name(evaluator).endswith("CocoMetric") and len(found) == 1:
-            _check_same_images(Path(file), f"{name}.ann_file", found[0], is_scored(cfg, loader))
+            notes += _check_same_images(Path(file), f"{name}.ann_file", found[0], is_scored(cfg, loader))
     if loader == "val_dataloader" and scores and _names_scores_plainly(cfg):
         _check_best(cfg, scores)
+    return notes
 
 
 def _check_metrics(name: str, evaluator: dict) -> list[str] | None:
@@ -133,7 +145,14 @@ def _names_scores_plainly(cfg: Config) -> bool:
     kind = evaluator.get("type", "Evaluator") if isinstance(evaluator, dict) and "metrics" in evaluator else "Evaluator"
     is_usual = class_of(default_loop("val_cfg", loop), LOOPS) is ValLoop
     format_only = any(evaluator.get("format_only") for evaluator in evaluators(cfg, "val_dataloader"))
-    return is_usual and kind in ("Evaluator", Evaluator) and not format_only
+    return is_usual and kind in ("Evaluator", Evaluator) and not format_only and not _adds_scores(cfg)
+
+
+def _adds_scores(cfg: Config) -> bool:
+    """Whether a hook of the user's sees the scores before MMEngine's do, and may add some."""
+    nodes = [node for place in ("default_hooks", "custom_hooks") for _, node in dicts_in(cfg.get(place))]
+    classes = [cls for node in nodes if isinstance(cls := class_of(node, HOOKS), type)]
+    return any(is_foreign(cls) and cls.after_val_epoch is not Hook.after_val_epoch for cls in classes)
 
 
 def _check_best(cfg: Config, scores: list[str]) -> None:
@@ -150,14 +169,14 @@ def _check_best(cfg: Config, scores: list[str]) -> None:
                 )
 
 
-def _check_same_images(file: Path, name: str, source: Source, annotated: bool) -> None:
+def _check_same_images(file: Path, name: str, source: Source, annotated: bool) -> list[str]:
     """An evaluator that doesn't know the images of its dataset gives a wrong metric, or fails after an epoch."""
     own = source.path(source.argument("ann_file"))
-    if not own.is_file() or own.samefile(file):  # in remote storage, or the usual case
-        return
+    if not own.is_file() or own.samefile(file) or source.cfg.get("indices"):  # in remote storage, or the usual case
+        return []
     known, tested = (
         {
-            image["id"]: Path(image["file_name"]).name
+            image["id"]: (Path(image["file_name"]).name, image["width"], image["height"])
             for image in check_coco_file(path, where, masks=False, annotated=annotated)["images"]
         }
         for path, where in ((file, name), (own, f"{source.name}.ann_file"))
@@ -168,9 +187,14 @@ def _check_same_images(file: Path, name: str, source: Source, annotated: bool) -
             f"{source.name}.ann_file={str(own)!r}, such as id {lacking[0]!r}: the metric would be wrong. Set both to "
             "the same file."
         )
-    if others := sorted((key for key in tested if tested[key] != known[key]), key=str):
-        first = others[0]
-        raise ValueError(
-            f"{name}={str(file)!r} has other images than {source.name}.ann_file={str(own)!r}: that of id {first!r} is "
-            f"{known[first]!r} there and {tested[first]!r} here: the metric would be wrong. Set both to the same file."
-        )
+    others = sorted((key for key in tested if tested[key][0] != known[key][0]), key=str)
+    if not others:
+        return []
+    first = others[0]
+    found = (
+        f"{name}={str(file)!r} has other images than {source.name}.ann_file={str(own)!r}: that of id {first!r} is "
+        f"{known[first][0]!r} there and {tested[first][0]!r} here"
+    )
+    if any(tested[key][1:] != known[key][1:] for key in others):
+        raise ValueError(f"{found}, of another size: the metric would be wrong. Set both to the same file.")
+    return [f"{found}. Unless they show the same, the metric will be wrong."]

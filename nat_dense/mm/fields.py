@@ -14,6 +14,9 @@ from nat_dense.mm.errors import did_you_mean
 PASSED_ON: dict[type, Callable] = {CheckpointHook: Runner.save_checkpoint}
 """Whom classes hand the fields to that they don't name."""
 
+LIBRARIES = ("mmengine", "mmcv", "mmdet", "mmseg", "nat_dense", "torch")
+"""Whose classes do what is known of them."""
+
 OF_ANY_OBJECT = ("type", "_scope_")
 """Fields of every object, which its registry takes."""
 
@@ -39,7 +42,24 @@ def dicts_in(
 def type_name(node: Mapping[str, Any]) -> str:
     """The class that a part of a config names, or is made of, without its scope; empty where it names none."""
     found = node.get("type") or ""
-    return (found if isinstance(found, str) else found.__name__).rpartition(".")[2]
+    return (found if isinstance(found, str) else getattr(found, "__name__", "")).rpartition(".")[2]
+
+
+def is_of(node: Mapping[str, Any], library: str, *names: str) -> bool:
+    """Whether a part of a config is of a class of a library, given alone, with its scope or as the class itself."""
+    found = node.get("type")
+    if isinstance(found, str):
+        return found.removeprefix(f"{library}.") in names
+    return getattr(found, "__name__", "") in names and _top(found) == library
+
+
+def is_foreign(cls: Any) -> bool:
+    """Whether a class is none of the libraries' or ours."""
+    return _top(cls) not in LIBRARIES
+
+
+def _top(cls: Any) -> str:
+    return getattr(cls, "__module__", "").partition(".")[0]
 
 
 def default_loop(name: str, node: dict) -> dict:

@@ -20,11 +20,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from nat_dense.mm.errors import describe, place_of
 from nat_dense.mm.evaluator_checks import COCO, metric_of
-
-LIBRARIES = ("mmengine", "mmdet", "mmseg", "nat_dense")
-"""Whose hooks prepare nothing that a prediction needs."""
+from nat_dense.mm.fields import is_foreign
 
 BEFORE = {"before_val", "before_val_epoch", "before_val_iter"}
+"""When hooks of the user's may prepare something that a prediction needs."""
 
 
 class FirstBatchError(ValueError):
@@ -66,9 +65,15 @@ def first_batch_errors(runner: Any, done: str) -> Iterator[None]:
     except FirstBatchError:
         raise
     except Exception as error:
-        if batch.passed:
+        if batch.passed or not _calls_hooks(runner):
             raise
         raise FirstBatchError(f"before a batch was {done}: {_reason(error)}") from error
+
+
+def _calls_hooks(runner: Any) -> bool:
+    """Whether a batch that is done would have been noticed; loops of the user's may call no hooks."""
+    loops = (runner._train_loop, runner._test_loop)  # the properties would build them
+    return all(loop is None or isinstance(loop, dict) or not is_foreign(type(loop)) for loop in loops)
 
 
 def _reason(error: Exception) -> str:
@@ -113,13 +118,18 @@ def _check_masks(metrics: Sequence[Any], outputs: Sequence[Any]) -> None:
         raise ValueError("the evaluator's metric 'segm' compares masks, and this model predicts none; set it to 'bbox'")
 
 
+def _only_collects(metric: Any) -> bool:
+    """Whether it writes no files for the images that it is given."""
+    return not getattr(metric, "output_dir", None)
+
+
 def _is_usual(runner: Any) -> bool:
     """Whether there will be a validation, and it takes its batches by number and predicts without preparation."""
     loop, training = runner.val_loop, runner.train_loop
     if type(loop) is not ValLoop:
         return False
     last = training.max_epochs if isinstance(training, EpochBasedTrainLoop) else training.max_iters
-    hooks = [hook for hook in runner.hooks if type(hook).__module__.partition(".")[0] not in LIBRARIES]
+    hooks = [hook for hook in runner.hooks if is_foreign(type(hook))]
     loader = loop.dataloader
     return (
         getattr(training, "val_begin", 0) <= last
@@ -161,7 +171,7 @@ def _validate(model: Any, loop: ValLoop) -> None:
     model.train(trains)
     # A model may add its loss, which the loop takes out.
     outputs = [o for o in outputs if not (isinstance(o, BaseDataElement) and o.keys() == ["loss"])]
-    metrics = [metric for metric in loop.evaluator.metrics if metric_of(type(metric))]
+    metrics = [metric for metric in loop.evaluator.metrics if metric_of(type(metric)) and _only_collects(metric)]
     _check_masks(metrics, outputs)
     Evaluator(metrics).process(outputs, batch)
     for metric in metrics:

@@ -5,15 +5,18 @@ none: a misspelt `nms_pre` is a default, silently. What a model's classes ask fo
 """
 
 import inspect
+import itertools
 import re
 import sys
 from collections.abc import Collection, Iterable, Iterator
+from typing import Any, NoReturn
 
 from mmengine.registry import MODELS, TASK_UTILS
 
 from nat_dense.mm.errors import nearly
-from nat_dense.mm.fields import OF_ANY_OBJECT, class_of, dicts_in, parameters_of
+from nat_dense.mm.fields import OF_ANY_OBJECT, class_of, dicts_in, is_foreign, parameters_of
 
+_IS_FREE = re.compile(r"(train|test)_cfg$")
 _IN_FREE = re.compile(r"(train|test)_cfg(\.|$)")
 """Whether the place of a part of a model is, or lies in, one whose fields are free."""
 
@@ -21,11 +24,12 @@ USUAL = (".debug", ".mask_size")
 """Fields of all MMDetection's configs: the first has no use any more, a module of functions asks for the second."""
 
 _ASKED = re.compile(
-    r"""cfg(?:\.get\(\s*|\.pop\(\s*|\[)['"](\w+)['"]  # cfg.get("nms_pre", -1), cfg["nms_pre"]
-    | cfg\.(\w+)\b(?!\s*\()                           # cfg.nms_pre
-    | ['"](\w+)['"]\s+(?:not\s+)?in\s+\S*cfg\b        # "nms_pre" in cfg""",
+    r"""cfg((?:\.(?:get|pop)\(\s*['"]\w+['"][^)]*\)|\.\w+|\[['"]\w+['"]\])+)  # cfg.rpn.get("nms_pre", -1)
+    | ['"](\w+)['"]\s+(?:not\s+)?in\s+\S*cfg\b                             # "nms_pre" in cfg""",
     re.VERBOSE,
 )
+_WORDS = re.compile(r"['\"](\w+)['\"]|\.(\w+)")
+"""All that could be asked for, whatever the config is called where it is."""
 
 
 def check_free_fields(model: dict, parts: Iterable[tuple[str, dict]]) -> list[str]:
@@ -43,42 +47,59 @@ def check_free_fields(model: dict, parts: Iterable[tuple[str, dict]]) -> list[st
     """
     classes = [(name, node, class_of(node, MODELS) or class_of(node, TASK_UTILS)) for name, node in parts]
     for name, node, cls in classes:
-        if _IN_FREE.search(name) and inspect.isclass(cls):
-            _strangers(name, node, parameters_of(cls))
+        if _IN_FREE.search(name) and inspect.isclass(cls) and not is_foreign(cls):
+            _check_parameters(name, node, parameters_of(cls))
     free = list(_free(model))
-    asked = _asked_for(cls for _, _, cls in classes if inspect.isclass(cls)) if free else set()
-    strangers = [f"{name}.{field}" for name, node in free for field in _strangers(name, node, asked)]
-    return [
-        f"{place}: the classes of this model ask for no field of this name."
-        for place in strangers
-        if not place.endswith(USUAL)
-    ]
+    notes: list[str] = []
+    if not free:
+        return notes
+    asked, words = _asked_for(cls for _, _, cls in classes if inspect.isclass(cls))
+    foreign = any(is_foreign(cls) for _, _, cls in classes if inspect.isclass(cls))
+    for name, node in free:
+        strangers = [field for field in node if field not in words and f".{field}" not in USUAL]
+        if not _IS_FREE.search(name) and not asked.intersection(node):  # it is handed on as a whole
+            continue
+        for field in strangers:
+            close = nearly(field, asked)
+            if close and not foreign:
+                _refuse(name, field, close)
+            hint = f" Is {close!r} meant?" if close else ""
+            notes.append(f"{name}.{field}: the classes of this model ask for no field of this name.{hint}")
+    return notes
 
 
-def _strangers(name: str, node: dict, known: Collection[str]) -> list[str]:
-    """The fields that are not known, of which none may be like one that is."""
-    strangers = [field for field in node if field not in known and field not in OF_ANY_OBJECT]
-    for field in strangers:
-        if close := nearly(field, known):
-            raise ValueError(f"{name}: nothing asks for a field {field!r}. Did you mean {close!r}?")
-    return strangers
+def _check_parameters(name: str, node: dict, known: Collection[str]) -> None:
+    """Of a class that takes any field, which its registry hands over."""
+    for field in node:
+        if field not in known and field not in OF_ANY_OBJECT and (close := nearly(field, known)):
+            _refuse(name, field, close)
 
 
-def _asked_for(classes: Iterable[type]) -> set[str]:
-    """The names that the modules of these classes, and of their base classes, ask any config for."""
-    found: set[str] = set()
+def _refuse(name: str, field: str, close: str) -> NoReturn:
+    raise ValueError(f"{name}: nothing asks for a field {field!r}. Did you mean {close!r}?")
+
+
+def _asked_for(classes: Iterable[type]) -> tuple[set[str], set[str]]:
+    """What the modules of these classes, and of their base classes, ask any config for; and all that they name."""
+    asked: set[str] = set()
+    words: set[str] = set()
     for module in {base.__module__ for cls in classes for base in cls.__mro__}:
         try:
             source = inspect.getsource(sys.modules[module])
         except (OSError, TypeError):  # built in, or without source
             continue
-        for match in _ASKED.finditer(source):
-            found.update(filter(None, match.groups()))
-    return found
+        for chain, word in _ASKED.findall(source):
+            asked.update(re.findall(r"\w+", chain), filter(None, [word]))
+        words.update(filter(None, itertools.chain(*_WORDS.findall(source))))
+    return asked, words | asked
 
 
 def _free(model: dict) -> Iterator[tuple[str, dict]]:
     """A model's dicts without a type that are a `train_cfg` or `test_cfg` or lie in one; and their places."""
-    for name, node in dicts_in(model, "model", lambda place, inner: not (_IN_FREE.search(place) and "type" in inner)):
-        if _IN_FREE.search(name) and "type" not in node:
+
+    def enters(place: str, inner: Any) -> bool:
+        return not (_IN_FREE.search(place) and ("type" in inner or place.endswith(".nms")))  # nms has a type if need be
+
+    for name, node in dicts_in(model, "model", enters):
+        if _IN_FREE.search(name) and "type" not in node and not name.endswith(".nms"):
             yield name, node

@@ -9,7 +9,8 @@ from mmengine.registry import DATA_SAMPLERS, FUNCTIONS, LOOPS
 from mmengine.runner import EpochBasedTrainLoop, TestLoop, ValLoop
 from torch.utils.data import DataLoader
 
-from nat_dense.mm.fields import check_fields, check_node, class_of, default_loop, known_class
+from nat_dense.listing import listing
+from nat_dense.mm.fields import check_fields, check_node, class_of, default_loop, is_foreign, known_class
 from nat_dense.mm.sources import SEGMENTATION_DATASET, Source
 
 LOADER_FIELDS = ("num_batch_per_epoch", "disable_subprocess_warning")
@@ -43,6 +44,8 @@ def check_loader(cfg: Config, name: str) -> None:
     loop = class_of(default_loop(place, cfg.get(place) or {}), LOOPS)
     sampler = loader.get("sampler")
     never_ends = isinstance(sampler, dict) and class_of(sampler, DATA_SAMPLERS) is InfiniteSampler
+    if isinstance(batches := loader.get("batch_sampler"), dict) and is_foreign(class_of(batches, DATA_SAMPLERS)):
+        never_ends = False  # it may end where its sampler doesn't
     if never_ends and loop in (EpochBasedTrainLoop, ValLoop, TestLoop):
         raise ValueError(
             f"{name}.sampler is an InfiniteSampler, and {place} ({loop.__name__}) goes on until its sampler ends. Set "
@@ -50,10 +53,11 @@ def check_loader(cfg: Config, name: str) -> None:
         )
 
 
-def notes_of_pair(training: Source, other: Source) -> list[str]:
+def notes_of_pair(model: dict, training: Source, other: Source) -> list[str]:
     """Tells where a dataset reads its labels in another way than that of the training.
 
     Args:
+        model: the model's config; one that matches texts knows no order of classes.
         training: a dataset that is trained on.
         other: one that is validated or tested on.
 
@@ -61,15 +65,15 @@ def notes_of_pair(training: Source, other: Source) -> list[str]:
         ValueError: they have the same classes in another order, so that predictions would be taken for other classes.
     """
     ours, theirs = training.classes, other.classes
-    if ours != theirs and sorted(ours) == sorted(theirs):
+    if ours != theirs and sorted(ours) == sorted(theirs) and not model.get("language_model"):
         raise ValueError(
-            f"{other.name} has the classes of {training.name} in another order ({', '.join(theirs)} instead of "
-            f"{', '.join(ours)}): predictions would be taken for other classes. Give both the same order."
+            f"{other.name} has the classes of {training.name} in another order ({listing(theirs)} instead of "
+            f"{listing(ours)}): predictions would be taken for other classes. Give both the same order."
         )
     if SEGMENTATION_DATASET not in (training.reader, other.reader):
         return []
-    reduced = [bool(source.argument("reduce_zero_label")) for source in (training, other)]
-    if reduced[0] == reduced[1]:
+    reduced = [reduces_zero_label(source) for source in (training, other)]
+    if reduced[0] == reduced[1] or None in reduced:
         return []
     return [
         f"reduce_zero_label is {reduced[0]} in {training.name} and {reduced[1]} in {other.name}: unless their label "
@@ -77,22 +81,32 @@ def notes_of_pair(training: Source, other: Source) -> list[str]:
     ]
 
 
+def reduces_zero_label(source: Source) -> bool | None:
+    """Whether a dataset takes label 0 for void; None where its class may set that itself."""
+    parameter = inspect.signature(source.cls.__init__).parameters.get("reduce_zero_label")
+    return source.cfg.get("reduce_zero_label", None if parameter is None else parameter.default)
+
+
 def notes_of_preprocessing(model: dict, source: Source) -> list[str]:
-    """Tells what a dataset's pipeline and the model's preprocessor do twice, or contrary to each other."""
+    """Tells what a dataset's pipeline and the model's preprocessor do both."""
+    if not source.transforms("Normalize") or not (model.get("data_preprocessor") or {}).get("mean"):
+        return []
+    return [
+        f"{source.name}: its pipeline has Normalize, and model.data_preprocessor normalises once more; leave one of "
+        "them out."
+    ]
+
+
+def notes_of_padding(model: dict, source: Source) -> list[str]:
+    """Tells where a model trains on what its preprocessor adds to smaller label maps."""
     preprocessor = model.get("data_preprocessor") or {}
-    notes = []
-    if source.transforms("Normalize") and preprocessor.get("mean"):
-        notes.append(
-            f"{source.name}: its pipeline has Normalize, and model.data_preprocessor normalises once more; leave one "
-            "of them out."
-        )
     padding, ignored = preprocessor.get("seg_pad_val", 255), _ignored_labels(model)
-    if source.reader == SEGMENTATION_DATASET and preprocessor.get("size") and ignored and padding not in ignored:
-        notes.append(
-            f"model.data_preprocessor.seg_pad_val is {padding}, which the heads take for a class (their ignore_index: "
-            f"{', '.join(map(str, ignored))}): they learn from the padding."
-        )
-    return notes
+    if source.reader != SEGMENTATION_DATASET or not preprocessor.get("size") or not ignored or padding in ignored:
+        return []
+    return [
+        f"model.data_preprocessor.seg_pad_val is {padding}, which the heads take for a class (their ignore_index: "
+        f"{', '.join(map(str, ignored))}): they learn from the padding."
+    ]
 
 
 def _ignored_labels(model: dict) -> list[Any]:
@@ -102,6 +116,8 @@ def _ignored_labels(model: dict) -> list[Any]:
 
 def notes_of_prefix(source: Source, read: set[str]) -> list[str]:
     """Tells of folders in `data_prefix` that nobody reads, beside those (`read`) that are."""
+    if is_foreign(source.cls):
+        return []
     parameter = inspect.signature(source.cls.__init__).parameters.get("data_prefix")
     default = parameter.default if parameter and isinstance(parameter.default, dict) else {}
     known = read | set(default)

@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 
 from nat_dense.mm.config import LOADERS
-from nat_dense.mm.fields import dicts_in, type_name
+from nat_dense.mm.fields import dicts_in, is_of
 from nat_dense.mm.processes import use_cpus
 
 AMP_DEVICES = ("cuda", "npu", "mlu", "musa")
@@ -52,8 +52,8 @@ def fit_to_machine(cfg: Config, *, training: bool = True) -> list[str]:
         notices.append("No GPU: each process trains on the CPU, and they exchange gradients by gloo.")
         if replace_sync_norms(cfg.get("model", {})):
             notices.append("No GPU: SyncBN is replaced by BN, whose statistics are each process's own.")
-    wrapper = cfg.get("optim_wrapper", {})
-    if training and type_name(wrapper) == "AmpOptimWrapper" and device not in AMP_DEVICES:
+    wrapper = cfg.get("optim_wrapper") or {}
+    if training and is_of(wrapper, "mmengine", "AmpOptimWrapper") and device not in AMP_DEVICES:
         wrapper["type"] = "OptimWrapper"
         for argument in AMP_ARGUMENTS:
             wrapper.pop(argument, None)
@@ -80,13 +80,13 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))  # -1: never, of any size
 
 
-SYNC_NORMS = ("SyncBN", "MMSyncBN", "SyncBatchNorm")
-"""Names and, where a config holds the class itself, the class's."""
+SYNC_NORMS = (("mmengine", "SyncBN"), ("mmcv", "MMSyncBN", "SyncBatchNorm"), ("torch", "SyncBatchNorm"))
+"""By library: names in the registry and, where a config holds the class itself, the class's."""
 
 
 def replace_sync_norms(model: Any) -> bool:
     """Replaces, in place, the batch norms that need several processes by the plain one; says whether there were any."""
-    found = [node for _, node in dicts_in(model) if type_name(node) in SYNC_NORMS]
+    found = [node for _, node in dicts_in(model) if any(is_of(node, *norm) for norm in SYNC_NORMS)]
     for node in found:
         node["type"] = "BN"
     return bool(found)
@@ -94,7 +94,7 @@ def replace_sync_norms(model: Any) -> bool:
 
 def _prefer_faster_coco(cfg: Config) -> list[str]:
     evaluators = [node for name in ("val_evaluator", "test_evaluator") for _, node in dicts_in(cfg.get(name))]
-    coco = [node for node in evaluators if type_name(node) == "CocoMetric"]
+    coco = [node for node in evaluators if is_of(node, "mmdet", "CocoMetric")]
     if not coco or cfg.get("default_scope") != "mmdet":
         return []
     from mmdet.registry import METRICS

@@ -7,7 +7,7 @@ from mmengine.config import Config, ConfigDict, DictAction
 
 from nat_dense.files import make_empty_folder
 from nat_dense.mm.config import evaluators
-from nat_dense.mm.fields import type_name
+from nat_dense.mm.fields import is_of, type_name
 from nat_dense.mm.pipelines import datasets_of, is_wrapper
 
 FLIP_META = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
@@ -58,8 +58,8 @@ def enable_amp(cfg: Config) -> None:
     Raises:
         ValueError: the config's optimizer wrapper is neither the plain nor the mixed-precision one.
     """
-    found = type_name(cfg.optim_wrapper)
-    if found not in ("", "OptimWrapper", "AmpOptimWrapper"):
+    found = cfg.optim_wrapper.get("type")
+    if found and not is_of(cfg.optim_wrapper, "mmengine", "OptimWrapper", "AmpOptimWrapper"):
         raise ValueError(
             f"--amp replaces OptimWrapper, but the config's optim_wrapper.type is {found!r}; set AMP in the config."
         )

@@ -58,8 +58,8 @@ SOME_BATCHES = 100
 NUMBERS = ("lr", "weight_decay", "momentum")
 """Fields of optimizers that are one number."""
 
-WARMUPS = ("LinearLR", "ConstantLR")
-"""Schedules of a rate that grows to its full size."""
+LEFT_OUT_BY_NONE = ("runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint")
+"""The hooks that MMEngine adds, and that `default_hooks` can take away."""
 
 REPORTERS = {"visualizer": (VISUALIZERS, "Visualizer"), "log_processor": (LOG_PROCESSORS, "LogProcessor")}
 """What shows and writes a run's results, its registry, and the type that the Runner takes where none is named."""
@@ -127,7 +127,12 @@ def _check_places_of_hooks(cfg: Config) -> None:
     for name, node in named.items():
         if isinstance(node, dict) and "type" not in node:
             hint = did_you_mean(name, [other for other in named if other != name])
-            raise ValueError(f"default_hooks.{name} has no type: expected a hook's config, or None.{hint}")
+            raise ValueError(f"default_hooks.{name} has no type: expected a hook's config.{hint}")
+        if node is None and name not in LEFT_OUT_BY_NONE:
+            raise ValueError(
+                f"default_hooks.{name} is None, which takes away {', '.join(LEFT_OUT_BY_NONE)} alone: expected a "
+                "hook's config."
+            )
     if isinstance(cfg.get("custom_hooks"), dict):
         raise ValueError("custom_hooks is a dict: expected a list of hooks' configs.")
 
@@ -148,9 +153,16 @@ def _note_of_time(name: str, node: dict, loop: dict) -> str | None:
     unit = "epoch" if node.get("by_epoch", True) else "iteration"
     if node.get("begin", 0) >= end:
         return f"{name} begins at {unit} {node['begin']}, and training ends at {end}: it never acts."
-    if type_name(node) in WARMUPS and isinstance(node.get("end"), (int, float)) and node["end"] > end:
+    if _warms_up(node) and isinstance(node.get("end"), (int, float)) and node["end"] > end:
         return f"{name} warms up until {unit} {node['end']}, and training ends at {end}: it stays below its full rate."
     return None
+
+
+def _warms_up(node: dict) -> bool:
+    """Whether a schedule's rate grows to its full size; factors that are left out are a third and one."""
+    if type_name(node) == "LinearLR":
+        return node.get("start_factor", 1 / 3) < node.get("end_factor", 1.0)
+    return type_name(node) == "ConstantLR" and node.get("factor", 1 / 3) < 1
 
 
 def _notes_of_rules(wrapper: dict, model: nn.Module) -> list[str]:

@@ -190,6 +190,9 @@ def test_what_mmengine_trained_keeps_its_type(tmp_path, trained, other):
     assert not (tmp_path / "hf").exists()
     dilations = "detection" if trained == "DiNAT" else None
     checkpoints.convert(tmp_path / "in.pth", tmp_path / "hf", "hf", dilations=dilations)
+    if trained == "NAT":  # dilations that are named are meant
+        settings = dict(model_type="dinat", dilations="classification")
+        checkpoints.convert(tmp_path / "in.pth", tmp_path / "other", "hf", **settings)
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == trained.lower()
 
 

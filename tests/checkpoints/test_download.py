@@ -200,6 +200,14 @@ def test_published_names(server, monkeypatch):
         checkpoints.fetch("nat-tiny", sha256="f" * 64)
 
 
+def test_names_that_begin_like_a_home_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("~nano.pth").write_bytes(b"x")
+    assert checkpoints.fetch("~nano.pth") == Path("~nano.pth")
+    with pytest.raises(FileNotFoundError, match="no checkpoint '~nobody-here/x"):
+        checkpoints.fetch("~nobody-here/x.pth")
+
+
 def test_files_of_the_home_folder(tmp_path, monkeypatch):
     """Wherever a checkpoint is named."""
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -48,6 +48,15 @@ def test_configs_of_mmengine(tmp_path, backbone, expected):
     assert found == expected
 
 
+def test_variables_of_the_file(tmp_path):
+    """They stand before the model that was made of them."""
+    variable = "bb = dict(arch='tiny', dilations='classification', type='NAT')"
+    text = variable + "\nmodel = dict(\n    backbone=dict({}type='DiNAT'))"
+    for fields, expected in (("dilations='detection', ", "detection"), ("dilations=[[1 2]], ", None)):
+        torch.save(dict(state_dict=tiny().state_dict(), meta=dict(cfg=text.format(fields))), tmp_path / "x.pth")
+        assert origin_of(checkpoints.read(tmp_path / "x.pth")) == (Origin("DiNAT", expected) if expected else None)
+
+
 def test_files_without_a_config(tmp_path):
     for meta in ({}, dict(cfg=3), dict(cfg="")):
         torch.save(dict(state_dict=tiny().state_dict(), meta=meta), tmp_path / "x.pth")

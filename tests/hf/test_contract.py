@@ -206,3 +206,19 @@ def test_attention_dropout_changes_training_alone(monkeypatch):
 def test_input_embeddings():
     model = build("NatBackbone")
     assert model.get_input_embeddings() is model.embeddings.patch_embeddings
+
+
+@pytest.mark.parametrize("part", ["intermediate.dense", "output", "layernorm_after"])
+def test_hooks_see_whole_maps(part, monkeypatch):
+    """In inference on a CPU too, which takes maps in parts."""
+    monkeypatch.setattr("nat_dense.models.layers.RUN_BYTES", 1 << 10)
+    monkeypatch.setattr("nat_dense.models.layers.MIN_RUN", 16)
+    model, seen = build("NatModel"), []
+    layer = model.encoder.levels[0].layers[0]
+    hook = layer.get_submodule(part).register_forward_hook(lambda module, inputs, out: seen.append(out.shape[:3]))
+    image = golden.tensor("image", (1, 3, 64, 96))
+    with torch.no_grad():
+        found = model(image).last_hidden_state
+        hook.remove()
+        torch.testing.assert_close(model(image).last_hidden_state, found)
+    assert seen == [(1, 16, 24)]

@@ -247,6 +247,12 @@ def test_numbers_as_text(coco, change, expected):
     assert expected in message(ValueError, cfg)
 
 
+def test_no_word_on_crowds(coco):
+    cfg, root = coco
+    edit_annotations(root, lambda content: content["annotations"][0].update(iscrowd=None))
+    assert check_data(cfg, TRAIN) == []
+
+
 def test_pictures_of_one_pixel(coco):
     cfg, root = coco
     Image.new("RGB", (1, 1)).save(root / "train2017" / "0.jpg")

@@ -225,6 +225,12 @@ def test_values_of_another_kind(field, value, expected):
         check_keys(cfg)
 
 
+def test_texts_of_other_programs():
+    cfg = load_config(DETECTOR)
+    cfg.visualizer.vis_backends = [dict(type="WandbVisBackend", init_kwargs=dict(tags="True"))]
+    check_keys(cfg)
+
+
 @pytest.mark.parametrize("value", ["dict(type='Pretrained')", "{'type':'Pretrained'}"])
 def test_a_dict_on_the_command_line(value, capsys):
     with pytest.raises(SystemExit):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from mmdet.datasets import CocoDataset
 from mmdet.evaluation import CocoMetric
-from mmengine.registry import METRICS, init_default_scope
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, METRICS, init_default_scope
 
 from nat_dense.mm.data_checks import check_data
 from nat_dense.mm.evaluator_checks import COCO, IOU
@@ -136,6 +137,32 @@ def test_the_scores_of_segmentors_are_those_that_a_real_evaluation_gives(chosen)
     labels = dict(data=torch.tensor([[[0, 1]]]))
     evaluator.process({}, [dict(pred_sem_seg=labels, gt_sem_seg=labels)])
     assert set(IOU.scores[chosen]) == set(evaluator.evaluate(1))
+
+
+@HOOKS.register_module()
+class AddsAScore(Hook):
+    """A hook of a user's."""
+
+    def after_val_epoch(self, runner, metrics=None):
+        metrics["mean"] = 0.5
+
+
+def test_scores_that_a_hook_adds(coco):
+    cfg, _ = coco
+    cfg.custom_hooks = [dict(type="AddsAScore"), dict(type="EarlyStoppingHook", monitor="mean", rule="greater")]
+    cfg.default_hooks.checkpoint.save_best = "mean"
+    assert check_data(cfg, TRAIN) == []
+
+
+def test_images_beside_those_that_are_taken(coco):
+    cfg, root = coco
+    content = json.loads((root / "annotations" / "instances_val2017.json").read_text())
+    content["images"], content["annotations"] = content["images"][:1], content["annotations"][:1]
+    (root / "one.json").write_text(json.dumps(content))
+    cfg.val_evaluator.ann_file = str(root / "one.json")
+    assert "lacks 1 of the 2 images" in message(ValueError, cfg)
+    cfg.val_dataloader.dataset.indices = 1
+    assert check_data(cfg, TRAIN) == []
 
 
 def test_what_stops_a_training_early(coco):

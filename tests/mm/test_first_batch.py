@@ -15,7 +15,7 @@ from mmengine.dataset import DefaultSampler
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.registry import DATA_SAMPLERS, HOOKS, LOOPS, METRICS, TRANSFORMS
-from mmengine.runner import ValLoop
+from mmengine.runner import IterBasedTrainLoop, ValLoop
 from PIL import Image
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
@@ -196,6 +196,24 @@ def test_what_is_not_usual_is_not_tried(tmp_path, change):
     assert [line["step"] for line in scalars(tmp_path / "run")] == [1, 2]
 
 
+def test_the_trial_writes_no_predictions(tmp_path):
+    options = [*ade_options(write_ade(tmp_path / "ade")), f"val_evaluator.output_dir={tmp_path / 'maps'}"]
+    cfg = load_config(SEGMENTOR, parse_options(options))
+    cfg.work_dir = str(tmp_path / "run")
+    runner = build_runner(cfg)
+    runner.register_hook(Stops())
+    with pytest.raises(KeyboardInterrupt):
+        runner.train()
+    assert not list(tmp_path.glob("maps/*"))
+
+
+class Stops(Hook):
+    """Stops a training when all is ready."""
+
+    def before_train_epoch(self, runner):
+        raise KeyboardInterrupt
+
+
 def test_a_validation_that_never_comes_is_not_tried(tmp_path):
     options = [*ade_options(write_ade(tmp_path / "ade")), "model.test_cfg.mode=slied", "train_cfg.val_begin=3"]
     load_tool("train").main([SEGMENTOR, "--work-dir", str(tmp_path), "--cfg-options", *options])
@@ -257,6 +275,26 @@ def test_a_first_batch_that_can_not_be_tested_is_told_in_one_line(tmp_path, caps
     assert "got slied." in line
 
 
+@LOOPS.register_module()
+class Silent(IterBasedTrainLoop):
+    """A loop of the user's that calls no hooks for a batch."""
+
+    def run_iter(self, data_batch):
+        self.runner.model.train_step(data_batch, optim_wrapper=self.runner.optim_wrapper)
+        self._iter += 1
+        if self._iter == 2:
+            raise RuntimeError("out of memory")
+
+
+def test_loops_that_call_no_hooks_keep_their_tracebacks(tmp_path):
+    cfg = load_config(SEGMENTOR, parse_options(ade_options(write_ade(tmp_path / "ade"))))
+    cfg.work_dir = str(tmp_path / "run")
+    cfg.train_cfg.type = "Silent"
+    runner = build_runner(cfg)
+    with pytest.raises(RuntimeError, match="out of memory"), first_batch_errors(runner, "trained"):
+        runner.train()
+
+
 class Broken(Dataset):
     """Raises an error in place of an item."""
 
@@ -277,6 +315,8 @@ class Broken(Dataset):
         (ValueError("of\ntwo lines"), "of two lines"),
         (AssertionError(), "AssertionError: raise self.error"),
         (OSError(2, "No such file", "a.jpg"), "No such file: 'a.jpg'"),
+        (ValueError("1 error for Blur\nlimit\n  must be odd"), "1 error for Blur limit must be odd"),
+        (RuntimeError("Given:\n  a: 3\n  b: 4\nno fit"), "RuntimeError: Given: a: 3 b: 4 no fit"),
     ],
 )
 def test_what_a_worker_raises_is_told_without_its_traceback(error, expected):

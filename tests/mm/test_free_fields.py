@@ -13,6 +13,10 @@ from tests.mm.small import DETECTOR, NANO, SEGMENTOR, parse_options
 RETINA = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
 MASK2FORMER = "mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py"
 DEFORMABLE = "mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py"
+READ_DEEPER = (
+    "mmdet::dynamic_rcnn/dynamic-rcnn_r50_fpn_1x_coco.py",  # self.train_cfg.dynamic_rcnn.iou_topk
+    "mmdet::pisa/faster-rcnn_r50_fpn_pisa_1x_coco.py",  # **self.train_cfg.isr
+)
 SEMI = "mmdet::soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py"
 
 
@@ -50,9 +54,18 @@ def test_misspelt_fields(config, field, meant):
         check(config, field)
 
 
-@pytest.mark.parametrize("config", [DETECTOR, SEGMENTOR, RETINA, DEFORMABLE, MASK2FORMER, SEMI])
+@pytest.mark.parametrize("config", [DETECTOR, SEGMENTOR, RETINA, DEFORMABLE, MASK2FORMER, SEMI, *READ_DEEPER])
 def test_configs_as_they_are(config):
     assert check(config) == []
+
+
+def test_fields_of_fields():
+    """RepPoints asks for train_cfg["init"]["assigner"], and for no border."""
+    notes = check("mmdet::reppoints/reppoints-moment_r50_fpn_1x_coco.py")
+    assert [note.partition(":")[0] for note in notes] == [
+        "model.train_cfg.init.allowed_border",
+        "model.train_cfg.refine.allowed_border",
+    ]
 
 
 def test_a_field_that_is_like_no_other_is_told():
@@ -78,4 +91,13 @@ def test_fields_of_own_classes():
     with pytest.raises(ValueError, match="Did you mean 'score_thr'"):
         check_free_fields(cfg.model, parts_of(cfg.model))
     cfg.model.bbox_head.type = "AsksForMore"
+    assert check_free_fields(cfg.model, parts_of(cfg.model)) == []
+    cfg.model.test_cfg["nms_" + "prr"] = 5  # a word that doesn't stand here; a function elsewhere may read it
+    (note,) = check_free_fields(cfg.model, parts_of(cfg.model))
+    assert note.endswith("nms_prr: the classes of this model ask for no field of this name. Is 'nms_pre' meant?")
+
+
+def test_nms_needs_no_type():
+    cfg = load(RETINA)
+    cfg.model.test_cfg.nms = dict(iou_threshold=0.5)
     assert check_free_fields(cfg.model, parts_of(cfg.model)) == []

@@ -75,6 +75,20 @@ def test_classes_in_place_of_their_names(device):
     assert cfg.optim_wrapper.type == "AmpOptimWrapper"
 
 
+def test_classes_of_the_same_name(device):
+    """Of a user's, which stay."""
+    device("cpu")
+
+    class CocoMetric:
+        pass
+
+    for metric in (CocoMetric, "mypose.CocoMetric"):
+        cfg = Config(dict(default_scope="mmdet", model=dict(type="mypose.SyncBN"), val_evaluator=dict(type=metric)))
+        assert fit_to_machine(cfg) == []
+        assert cfg.val_evaluator.type == metric
+        assert cfg.model.type == "mypose.SyncBN"
+
+
 def test_slurm_needs_gpus(device):
     device("cpu")
     with pytest.raises(ValueError, match="launcher 'slurm' runs one process per GPU"):

@@ -184,6 +184,7 @@ def test_the_model_is_left_alone():
     ("field", "value", "expected"),
     [
         ("default_hooks.loger", dict(interval=1), "default_hooks.loger has no type: .* Did you mean 'logger'"),
+        ("default_hooks.visualization", None, "default_hooks.visualization is None, which takes away runtime_info"),
         ("custom_hooks", dict(type="EMAHook"), "custom_hooks is a dict: expected a list"),
         (
             "custom_hooks",
@@ -216,6 +217,10 @@ def test_what_reports_and_hooks_in(field, value, expected):
             "warms up until iteration 9, and training ends",
         ),
         (dict(type="LinearLR", start_factor=0.1, end=4, by_epoch=False), ""),
+        (dict(type="LinearLR", start_factor=1.0, end_factor=0.01, end=9, by_epoch=False), ""),
+        (dict(type="ConstantLR", end=9, by_epoch=False), "warms up until iteration 9, and"),
+        (dict(type="ConstantLR", factor=1.0, end=9, by_epoch=False), ""),
+        (dict(type="MultiStepLR", milestones=[2], end=9, by_epoch=False), ""),
         (dict(type="CosineAnnealingLR", T_max=9, begin=3, by_epoch=False), ""),
     ],
 )
