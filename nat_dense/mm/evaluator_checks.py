@@ -151,8 +151,10 @@ def _names_scores_plainly(cfg: Config) -> bool:
 def _adds_scores(cfg: Config) -> bool:
     """Whether a hook of the user's sees the scores before MMEngine's do, and may add some."""
     nodes = [node for place in ("default_hooks", "custom_hooks") for _, node in dicts_in(cfg.get(place))]
-    classes = [cls for node in nodes if isinstance(cls := class_of(node, HOOKS), type) and issubclass(cls, Hook)]
-    return any(is_foreign(cls) and cls.after_val_epoch is not Hook.after_val_epoch for cls in classes)
+    classes = (class_of(node, HOOKS) for node in nodes)
+    return any(
+        is_foreign(cls) and getattr(cls, "after_val_epoch", None) is not Hook.after_val_epoch for cls in classes if cls
+    )
 
 
 def _check_best(cfg: Config, scores: list[str]) -> None:

@@ -94,8 +94,9 @@ def test_fields_of_own_classes():
     assert check_free_fields(cfg.model, parts_of(cfg.model)) == []
     cfg.model.test_cfg["nms_" + "prr"] = 5  # a word that doesn't stand here; a function elsewhere may read it
     (note,) = check_free_fields(cfg.model, parts_of(cfg.model))
-    place = "model.test_cfg.nms_prr"
-    assert note.startswith(f"{place}: the classes of this model ask for no field of this name. Is 'nms_pr")
+    assert note.startswith(
+        f"model.test_cfg.nms_{'prr'}: the classes of this model ask for no field of this name. Is 'nms_pr"
+    )
 
 
 def test_nms_needs_no_type():
