@@ -1,7 +1,7 @@
 """Misspelt fields that nothing declares: those of a model's `train_cfg` and `test_cfg`, and of their samplers.
 
-Detectors, segmentors and their heads ask these for fields by name, many with a default where there is
-none: a misspelt `nms_pre` is a default, silently. What a model's classes ask for stands in their sources.
+Detectors, segmentors and their heads ask these for fields by name, many with a default where there is none: a misspelt
+`nms_pre` is a default, silently. What a model's classes ask for stands in their sources.
 """
 
 import inspect
@@ -17,10 +17,12 @@ from nat_dense.mm.errors import nearly
 from nat_dense.mm.fields import OF_ANY_OBJECT, class_of, dicts_in, is_foreign, parameters_of
 
 _IS_FREE = re.compile(r"(train|test)_cfg$")
-_IN_FREE = re.compile(r"(train|test)_cfg(\.|$)")
-"""Whether the place of a part of a model is, or lies in, one whose fields are free."""
+"""Whether the place of a part of a model is one whose fields are free."""
 
-USUAL = (".debug", ".mask_size")
+_IN_FREE = re.compile(r"(train|test)_cfg(\.|$)")
+"""Whether it is one, or lies in one."""
+
+USUAL = ("debug", "mask_size")
 """Fields of all MMDetection's configs: the first has no use any more, a module of functions asks for the second."""
 
 _ASKED = re.compile(
@@ -28,6 +30,8 @@ _ASKED = re.compile(
     | ['"](\w+)['"]\s+(?:not\s+)?in\s+\S*cfg\b                             # "nms_pre" in cfg""",
     re.VERBOSE,
 )
+"""What is asked of a config that is called so."""
+
 _WORDS = re.compile(r"['\"](\w+)['\"]|\.(\w+)")
 """All that could be asked for, whatever the config is called where it is."""
 
@@ -56,7 +60,7 @@ def check_free_fields(model: dict, parts: Iterable[tuple[str, dict]]) -> list[st
     asked, words = _asked_for(cls for _, _, cls in classes if inspect.isclass(cls))
     foreign = any(is_foreign(cls) for _, _, cls in classes if inspect.isclass(cls))
     for name, node in free:
-        strangers = [field for field in node if field not in words and f".{field}" not in USUAL]
+        strangers = [field for field in node if field not in words and field not in USUAL]
         if not _IS_FREE.search(name) and not asked.intersection(node):  # it is handed on as a whole
             continue
         for field in strangers:
