@@ -20,7 +20,7 @@ from nat_dense.listing import listing
 from nat_dense.mm.coco_file import check_boxes, check_categories, check_coco_file, check_outlines, of_classes
 from nat_dense.mm.config import evaluators
 from nat_dense.mm.evaluator_checks import check_evaluators, coco_files, is_scored
-from nat_dense.mm.fields import check_fields
+from nat_dense.mm.fields import check_fields, is_foreign
 from nat_dense.mm.images import CHANNELS, Picture, find_bad_images, find_bad_labels, sample
 from nat_dense.mm.loader_checks import (
     check_loader,
@@ -189,7 +189,8 @@ def _find_pictures(
     if source.cfg.get("indices") in (0, [], ()):
         raise ValueError(f"{source.name}.indices is {source.cfg['indices']!r}: no image is left.")
     if source.reader == COCO_DATASET:
-        filters = source.cfg.get("filter_cfg") or {}
+        own_filter = is_foreign(next(base for base in source.cls.__mro__ if "filter_data" in vars(base)))
+        filters = {} if own_filter else source.cfg.get("filter_cfg") or {}
         check_fields(f"{source.name}.filter_cfg", source.cls.__name__, filters, FILTERS)
         folder = _folder(source, "img", prefix.get("img"))
         file = source.path(source.argument("ann_file"))

@@ -93,8 +93,9 @@ def replace_sync_norms(model: Any) -> bool:
 
 
 def _prefer_faster_coco(cfg: Config) -> list[str]:
+    """Replaces COCO's metric by the faster one, where it reads a file: it asks more of annotations from a pipeline."""
     evaluators = [node for name in ("val_evaluator", "test_evaluator") for _, node in dicts_in(cfg.get(name))]
-    coco = [node for node in evaluators if is_of(node, "mmdet", "CocoMetric")]
+    coco = [node for node in evaluators if is_of(node, "mmdet", "CocoMetric") and node.get("ann_file")]
     if not coco or cfg.get("default_scope") != "mmdet":
         return []
     from mmdet.registry import METRICS

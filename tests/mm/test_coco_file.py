@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from mmdet.datasets import CocoDataset
 from mmengine.registry import DATASETS
 from PIL import Image
 
@@ -34,6 +35,23 @@ def test_a_mark_of_the_byte_order(coco):
     file = root / "annotations" / "instances_train2017.json"
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     assert "is not JSON (Unexpected UTF-8 BOM" in message(ValueError, cfg)
+
+
+@DATASETS.register_module()
+class FiltersItself(CocoDataset):
+    """A dataset of a user's, with fields of its own."""
+
+    def filter_data(self):
+        return self.data_list[: self.filter_cfg["most"]]
+
+
+def test_filters_of_own_datasets(coco):
+    cfg, _ = coco
+    train = cfg.train_dataloader.dataset
+    train.filter_cfg = dict(most=2, min_size=1000)
+    assert "filter_cfg: CocoDataset has no field 'most'" in message(ValueError, cfg)
+    train.type = "FiltersItself"
+    assert check_data(cfg, TRAIN) == []
 
 
 def test_no_image_that_filters_leave(coco):

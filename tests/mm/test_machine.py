@@ -126,6 +126,10 @@ def test_faster_evaluation_where_it_is_installed(device, monkeypatch, installed)
     notices = fit_to_machine(cfg)
     assert cfg.val_evaluator.type == ("FasterCocoMetric" if installed else "CocoMetric")
     assert any("pip install faster-coco-eval" in notice for notice in notices) != installed
+    cfg = load_config(DETECTOR)
+    cfg.val_evaluator.ann_file = cfg.test_evaluator.ann_file = None  # annotations come out of the pipeline
+    fit_to_machine(cfg)
+    assert cfg.val_evaluator.type == "CocoMetric"
 
 
 FAULTS = """
