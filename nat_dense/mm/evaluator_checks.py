@@ -1,5 +1,6 @@
 """What is wrong with a config's evaluators is found before they compute anything, which is after an epoch."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,13 @@ def is_scored(cfg: Config, loader: str) -> bool:
     return not found or not all(evaluator.get("format_only") for evaluator in found)
 
 
+def _is_of_coco(evaluator: dict) -> bool:
+    return type_name(evaluator).endswith("CocoMetric")
+
+
 def coco_files(cfg: Config, loader: str) -> set[Path]:
     """The annotation files that COCO's metrics of a dataloader read themselves."""
-    coco = [evaluator for evaluator in evaluators(cfg, loader) if type_name(evaluator).endswith("CocoMetric")]
+    coco = filter(_is_of_coco, evaluators(cfg, loader))
     return {Path(file).resolve() for evaluator in coco if (file := evaluator.get("ann_file")) and "://" not in file}
 
 
@@ -109,7 +114,7 @@ def check_evaluators(cfg: Config, loader: str) -> list[str]:
             raise FileNotFoundError(
                 f"{name}.ann_file: no file {file!r}. Set it with --cfg-options {name}.ann_file=FILE."
             )
-        if type_name(evaluator).endswith("CocoMetric") and len(found) == 1:
+        if _is_of_coco(evaluator) and len(found) == 1:
             notes += _check_same_images(Path(file), f"{name}.ann_file", found[0], is_scored(cfg, loader))
     if loader == "val_dataloader" and scores and _names_scores_plainly(cfg):
         _check_best(cfg, scores)
@@ -150,17 +155,20 @@ def _names_scores_plainly(cfg: Config) -> bool:
 
 def _adds_scores(cfg: Config) -> bool:
     """Whether a hook of the user's sees the scores before MMEngine's do, and may add some."""
-    nodes = [node for place in ("default_hooks", "custom_hooks") for _, node in dicts_in(cfg.get(place))]
-    classes = (class_of(node, HOOKS) for node in nodes)
+    classes = (class_of(node, HOOKS) for _, node in _hooks(cfg))
     return any(
         is_foreign(cls) and getattr(cls, "after_val_epoch", None) is not Hook.after_val_epoch for cls in classes if cls
     )
 
 
+def _hooks(cfg: Config) -> Iterator[tuple[str, dict]]:
+    for place in ("default_hooks", "custom_hooks"):
+        yield from dicts_in(cfg.get(place), place)
+
+
 def _check_best(cfg: Config, scores: list[str]) -> None:
     """MMEngine looks the score up after the first validation, and fails or goes on where there is none of this name."""
-    hooks = [*dicts_in(cfg.get("default_hooks"), "default_hooks"), *dicts_in(cfg.get("custom_hooks"), "custom_hooks")]
-    for name, hook in hooks:
+    for name, hook in _hooks(cfg):
         field = {"CheckpointHook": "save_best", "EarlyStoppingHook": "monitor"}.get(type_name(hook), "")
         best = hook.get(field) or []
         for score in [best] if isinstance(best, str) else best:

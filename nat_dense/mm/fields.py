@@ -202,10 +202,7 @@ def _parameters(function: Callable) -> tuple[list[str], bool]:
 def _annotations(cls: Any) -> dict[str, Any]:
     """What a class says of the kinds of its fields; of a field that its base class has too, its own word counts."""
     found: dict[str, Any] = {}
-    for base in reversed(cls.__mro__[:-1]) if inspect.isclass(cls) else ():
-        if "__init__" not in vars(base):
-            continue
-        constructor = vars(base)["__init__"]
+    for constructor in reversed(_constructors(cls)) if inspect.isclass(cls) else ():
         try:
             own = _parameters(constructor)[0]
             found = {field: kind for field, kind in found.items() if field not in own}

@@ -52,8 +52,8 @@ class Block(nn.Module):
         """[B, H, W, C] -> [B, H, W, C]."""
         if self.is_joined(x):
             return self.joined(x)[0]
-        if self._takes_bands(x):
-            return put_together(self._bands(x), x.shape[:-1])
+        if rows := self._rows_in_a_band(x):
+            return put_together(self._bands(x, rows), x.shape[:-1])
         return in_runs(self._add_branches, x, self.attn(self.norm1(x)), whole=self._takes_whole_maps)
 
     def is_joined(self, x: Tensor) -> bool:
@@ -83,11 +83,13 @@ class Block(nn.Module):
         """Whether a part may look at more than a token: what hooks or other modules do is not known."""
         return self.drop_path.training or not (self._has_plain_parts() and is_plain(self.attn.qkv, Linear))
 
-    def _takes_bands(self, x: Tensor) -> bool:
+    def _rows_in_a_band(self, x: Tensor) -> int:
+        """How many rows of a map to take at once; 0 for all."""
         attn = self.attn
         if not isinstance(attn, NeighborhoodAttention2D):
-            return False
-        return bool(rows_in_a_band(x, attn.kernel_size * attn.dilation)) and not self._takes_whole_maps()
+            return 0
+        rows = rows_in_a_band(x, attn.kernel_size * attn.dilation)
+        return 0 if rows and self._takes_whole_maps() else rows
 
     def joined(
         self, x: Tensor, normed: Tensor | None = None, following: nn.LayerNorm | None = None
@@ -116,10 +118,9 @@ class Block(nn.Module):
         factor = self.drop_path.factor(branch, torch.float32)
         return add_norm(x, branch, bias, layer_scale, factor, norm.weight, norm.bias, norm.eps)
 
-    def _bands(self, x: Tensor) -> Iterator[Tensor]:
+    def _bands(self, x: Tensor, rows: int) -> Iterator[Tensor]:
         """All of the block for a band of rows before the next one: what lies between x and the output stays in the
         cache. The rows that the windows of two bands share are projected for both."""
-        rows = rows_in_a_band(x, self.attn.kernel_size * self.attn.dilation)
         for image in x.split(1):
             for first in range(0, x.shape[1], rows):
                 last = min(first + rows, x.shape[1])
