@@ -28,7 +28,6 @@ from nat_dense.mm.loader_checks import (
     notes_of_pair,
     notes_of_prefix,
     notes_of_preprocessing,
-    reduces_zero_label,
 )
 from nat_dense.mm.pipelines import check_datasets
 from nat_dense.mm.sources import COCO_DATASET, SEGMENTATION_DATASET, Source, sources_of
@@ -88,7 +87,6 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
         named: dict[str, Path] = {}
         check_datasets(cfg[loader].get("dataset"), f"{loader}.dataset")
         for source in sources_of(cfg[loader].get("dataset"), f"{loader}.dataset"):
-            _check_zero_label(source)
             pictures, notices = _find_pictures(source, checks, annotated=scored, scored=coco_files(cfg, loader))
             warnings += notices
             bad = find_bad_images(pictures, checks["images"], _expected_channels(cfg, source))
@@ -99,6 +97,7 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
                     f"{source.name}: {unread} of {len(pictures)} images were looked up but not decoded; --cfg-options "
                     "data_checks.images=all decodes every one, before training."
                 )
+            _check_zero_label(source)
             _check_labels(source, [p for p in pictures if p.path not in bad], checks)
             _check_heads(cfg.model, source)
             warnings += notes_of_preprocessing(cfg.model, source)
@@ -138,9 +137,10 @@ def _check_names(source: Source, pictures: list[Picture], part: str, named: dict
 
 
 def _check_zero_label(source: Source) -> None:
-    zero_is_void = reduces_zero_label(source)
     loads = source.transform("LoadAnnotations").get("reduce_zero_label")
-    if source.reader == SEGMENTATION_DATASET and None not in (loads, zero_is_void) and loads != zero_is_void:
+    if source.reader != SEGMENTATION_DATASET or loads is None:
+        return
+    if loads != (zero_is_void := source.dataset.reduce_zero_label):
         raise ValueError(
             f"{source.name}: reduce_zero_label is {zero_is_void}, but {loads} in its pipeline's LoadAnnotations. Leave "
             "it out there, or set both."
@@ -178,27 +178,30 @@ def _find_pictures(
     source: Source, checks: dict[str, str], annotated: bool, scored: set[Path]
 ) -> tuple[list[Picture], list[str]]:
     """The images of a dataset of a known form, and warnings for the user; COCO's metrics read the files `scored`."""
-    root, prefix = source.cfg.get("data_root"), source.cfg.get("data_prefix") or {}
-    places = (root, source.argument("ann_file"), *prefix.values())
-    if source.cfg.get("backend_args") or any("://" in str(place) for place in places):
-        return [], []  # Remote storage: looking up every file would take longer than finding out.
-    if root and not Path(root).is_dir():
+    if source.reader not in (COCO_DATASET, SEGMENTATION_DATASET) or source.cfg.get("backend_args"):
+        return [], []
+    root = source.cfg.get("data_root")
+    if root and "://" not in str(root) and not Path(root).is_dir():  # first: some constructors read from there
         raise FileNotFoundError(
             f"{source.name}.data_root: no directory {root!r}. Set it with --cfg-options {source.name}.data_root=DIR."
         )
+    dataset = source.dataset
+    prefix = dataset.data_prefix
+    if any("://" in str(place) for place in (dataset.data_root, dataset.ann_file, *prefix.values())):
+        return [], []  # Remote storage: looking up every file would take longer than finding out.
     if source.cfg.get("indices") in (0, [], ()):
         raise ValueError(f"{source.name}.indices is {source.cfg['indices']!r}: no image is left.")
     if source.reader == COCO_DATASET:
         own_filter = is_foreign(next(base for base in source.cls.__mro__ if "filter_data" in vars(base)))
-        filters = {} if own_filter else source.cfg.get("filter_cfg") or {}
+        filters = {} if own_filter else dataset.filter_cfg or {}
         check_fields(f"{source.name}.filter_cfg", source.cls.__name__, filters, FILTERS)
-        folder = _folder(source, "img", prefix.get("img"))
-        file = source.path(source.argument("ann_file"))
+        folder = _folder(source, "img")
+        file = Path(dataset.ann_file)
         notices = notes_of_prefix(source, {"img", "seg"})
         masks = any(load.get("with_mask") for load in source.transforms("LoadAnnotations"))
         content = check_coco_file(file, f"{source.name}.ann_file", masks, annotated)
         check_categories(content, source.classes, str(file), ignore_others=checks["other_classes"] == "ignore")
-        trains = not source.argument("test_mode")
+        trains = not dataset.test_mode
         where = f"{source.name}.ann_file: {str(file)!r}"
         known = of_classes(content, source.classes)
         if filters.get("filter_empty_gt") and trains and not known["annotations"]:
@@ -222,25 +225,25 @@ def _find_pictures(
             )
         pictures = [Picture(folder / i["file_name"], (i["width"], i["height"])) for i in content["images"]]
         return pictures, notices
-    if source.reader == SEGMENTATION_DATASET:
-        images = _folder(source, "img_path", prefix.get("img_path"))
-        labels = _folder(source, "seg_map_path", prefix["seg_map_path"]) if prefix.get("seg_map_path") else None
-        return _segmentation_pictures(source, images, labels), notes_of_prefix(source, {"img_path", "seg_map_path"})
-    return [], []
+    images = _folder(source, "img_path")
+    # Left out, it is the root.
+    root = Path(dataset.data_root or "")
+    has_labels = Path(prefix.get("seg_map_path") or root) != root
+    labels = _folder(source, "seg_map_path") if has_labels else None
+    return _segmentation_pictures(source, images, labels), notes_of_prefix(source, {"img_path", "seg_map_path"})
 
 
-def _folder(source: Source, key: str, value: str | None) -> Path:
-    folder = source.path(value)
+def _folder(source: Source, key: str) -> Path:
+    folder = Path(source.dataset.data_prefix.get(key) or source.dataset.data_root or "")
     if not folder.is_dir():
         raise FileNotFoundError(f"{source.name}.data_prefix.{key}: no directory {str(folder)!r}.")
     return folder
 
 
 def _segmentation_pictures(source: Source, images: Path, labels: Path | None) -> list[Picture]:
-    suffix, label_suffix = source.argument("img_suffix"), source.argument("seg_map_suffix")
-    listed = source.argument("ann_file")
-    if listed:
-        file = source.path(listed)
+    suffix, label_suffix = source.dataset.img_suffix, source.dataset.seg_map_suffix
+    if source.dataset.ann_file:
+        file = Path(source.dataset.ann_file)
         if not file.is_file():
             raise FileNotFoundError(f"{source.name}.ann_file: no file {str(file)!r}.")
         names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -297,8 +300,7 @@ def _check_labels(source: Source, pictures: list[Picture], checks: dict[str, str
         return
     # With a subset of the classes, MMSegmentation maps the values of all classes of the dataset.
     count = len(source.cls.METAINFO.get("classes") or source.classes)
-    zero_is_void = source.argument("reduce_zero_label")
-    ignored = source.argument("ignore_index")
+    zero_is_void, ignored = source.dataset.reduce_zero_label, source.dataset.ignore_index
     allowed = [*range(count + 1 if zero_is_void else count), ignored]
     faults = list(find_bad_labels(pictures, checks["images"], allowed))
     if faults:

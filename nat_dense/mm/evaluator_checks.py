@@ -181,7 +181,7 @@ def _check_best(cfg: Config, scores: list[str]) -> None:
 
 def _check_same_images(file: Path, name: str, source: Source, annotated: bool) -> list[str]:
     """An evaluator that doesn't know the images of its dataset gives a wrong metric, or fails after an epoch."""
-    own = source.path(source.argument("ann_file"))
+    own = Path(source.dataset.ann_file)
     if not own.is_file() or own.samefile(file) or source.cfg.get("indices"):  # in remote storage, or the usual case
         return []
     known, tested = (

@@ -72,19 +72,13 @@ def notes_of_pair(model: dict, training: Source, other: Source) -> list[str]:
         )
     if SEGMENTATION_DATASET not in (training.reader, other.reader):
         return []
-    reduced = [reduces_zero_label(source) for source in (training, other)]
-    if reduced[0] == reduced[1] or None in reduced:
+    reduced = [source.dataset.reduce_zero_label for source in (training, other)]
+    if reduced[0] == reduced[1]:
         return []
     return [
         f"reduce_zero_label is {reduced[0]} in {training.name} and {reduced[1]} in {other.name}: unless their label "
         "maps differ in this way, one of them reads every class as its neighbour."
     ]
-
-
-def reduces_zero_label(source: Source) -> bool | None:
-    """Whether a dataset takes label 0 for void; None where its class may set that itself."""
-    parameter = inspect.signature(source.cls.__init__).parameters.get("reduce_zero_label")
-    return source.cfg.get("reduce_zero_label", None if parameter is None else parameter.default)
 
 
 def notes_of_preprocessing(model: dict, source: Source) -> list[str]:

@@ -1,14 +1,17 @@
 """The datasets of a config that read images, and what their classes make of their fields."""
 
-import inspect
+import copy
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
+from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS
 
-from nat_dense.mm.fields import known_class, type_name
+from nat_dense.mm.errors import at_least, describe
+from nat_dense.mm.fields import OF_ANY_OBJECT, fields_of, known_class, type_name
 from nat_dense.mm.pipelines import datasets_of, is_wrapper
 
 COCO_DATASET = "mmdet.datasets.coco.CocoDataset"
@@ -22,7 +25,7 @@ class Source:
     Attributes:
         name: where it stands in the config, such as "train_dataloader.dataset".
         cfg: its config.
-        cls: its class, a subclass of MMEngine's BaseDataset.
+        cls: its class.
     """
 
     name: str
@@ -36,27 +39,43 @@ class Source:
         base = next((base for base in self.cls.__mro__ if own & vars(base).keys()), self.cls)
         return f"{base.__module__}.{base.__name__}"
 
+    @cached_property
+    def dataset(self) -> Any:
+        """The dataset itself, without its pipeline and, where its class can be built so, before it has read anything.
+
+        Its class may set any field: only the dataset knows. Some look for their files at the end of their constructors;
+        that they fail there is left to the checks, which say more.
+
+        Raises:
+            FileNotFoundError: it lacks a file that its class needs to be built.
+            ValueError: it can't be built for another reason.
+        """
+        known = fields_of(self.cls)
+        changed = dict(pipeline=[], lazy_init=True)
+        fields = {key: value for key, value in self.cfg.items() if key not in OF_ANY_OBJECT}
+        fields |= {key: value for key, value in changed.items() if known is None or key in known}
+        dataset = self.cls.__new__(self.cls)
+        try:
+            with at_least(logging.ERROR), DATASETS.switch_scope_and_registry(self.cfg.get("_scope_")):
+                dataset.__init__(**copy.deepcopy(fields))
+        except Exception as error:  # constructors raise what they like
+            if not hasattr(dataset, "pipeline"):  # which MMEngine's constructor sets last
+                kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+                raise kind(f"{self.name}: {describe(error)}") from error
+        return dataset
+
     @property
     def classes(self) -> tuple[str, ...]:
         """The names of the classes; empty where only the annotations know them."""
-        given = (self.cfg.get("metainfo") or {}).get("classes")
-        if isinstance(given, str):  # MMEngine also takes a file with a class a line.
-            if not _is_file(given):
-                raise ValueError(
-                    f"{self.name}.metainfo.classes is the text {given!r}: expected several names, or one and a comma, "
-                    f"({given!r},), or a file that lists them."
-                )
-            given = Path(given).read_text(encoding="utf-8").splitlines()
-        return tuple(given or self.cls.METAINFO.get("classes") or ())
-
-    def argument(self, name: str) -> Any:
-        """A field of the dataset: the config's, else the default of its class."""
-        parameters = [inspect.signature(base.__init__).parameters.get(name) for base in self.cls.__mro__]
-        defaults = [p.default for p in parameters if p is not None and p.default is not p.empty]
-        return self.cfg.get(name, defaults[0] if defaults else None)
-
-    def path(self, value: str | None) -> Path:
-        return Path(self.cfg.get("data_root") or "", value or "")
+        if not issubclass(self.cls, BaseDataset):
+            return ()
+        given = self.dataset.metainfo.get("classes")
+        if isinstance(given, str):  # MMEngine also takes a file with a class a line, and text for what it is.
+            raise ValueError(
+                f"{self.name}.metainfo.classes is the text {given!r}: expected several names, or one and a comma, "
+                f"({given!r},), or a file that lists them."
+            )
+        return tuple(given or ())
 
     def transforms(self, name: str) -> list[dict]:
         """The configs of the transforms of this type in the pipeline, but for those inside of others."""
@@ -65,13 +84,6 @@ class Source:
     def transform(self, name: str) -> dict:
         """The first of them, or an empty one."""
         return next(iter(self.transforms(name)), {})
-
-
-def _is_file(path: str) -> bool:
-    try:
-        return Path(path).is_file()
-    except OSError:  # a name that is too long
-        return False
 
 
 def sources_of(dataset: Any, name: str) -> Iterator[Source]:
