@@ -16,7 +16,7 @@ from mmengine.utils import import_modules_from_strings
 
 from nat_dense.listing import listing
 from nat_dense.mm.errors import describe, did_you_mean, nearly
-from nat_dense.mm.fields import dicts_in
+from nat_dense.mm.fields import as_list, dicts_in
 
 DISTRIBUTIONS = {"mmdet": "onedl-mmdetection", "mmseg": "onedl-mmsegmentation"}
 """The library behind each scope, by the name it is installed under."""
@@ -64,9 +64,7 @@ OLD_KEYS = {
 def evaluators(cfg: Config, loader: str) -> list[Any]:
     """The evaluators that go with a dataloader: a config has one, a list of them (in MMEngine's Evaluator) or none."""
     found = cfg.get(loader.replace("dataloader", "evaluator")) or []
-    if isinstance(found, dict) and "metrics" in found:
-        found = found["metrics"]
-    return list(found) if isinstance(found, (list, tuple)) else [found]
+    return as_list(found["metrics"] if isinstance(found, dict) and "metrics" in found else found)
 
 
 def load_config(path: str, options: dict[str, Any] | None = None) -> Config:

@@ -17,10 +17,11 @@ from mmengine.fileio import list_dir_or_file
 from mmengine.registry import DATASETS
 
 from nat_dense.listing import listing
+from nat_dense.mm.channels import configured_channels
 from nat_dense.mm.coco_file import check_boxes, check_categories, check_coco_file, check_outlines, of_classes
 from nat_dense.mm.config import evaluators
 from nat_dense.mm.evaluator_checks import check_evaluators, coco_files, is_scored
-from nat_dense.mm.fields import check_fields, is_foreign
+from nat_dense.mm.fields import as_list, check_fields, is_foreign
 from nat_dense.mm.images import CHANNELS, Picture, find_bad_images, find_bad_labels, sample
 from nat_dense.mm.loader_checks import (
     check_loader,
@@ -259,12 +260,10 @@ def _segmentation_pictures(source: Source, images: Path, labels: Path | None) ->
 
 def _expected_channels(cfg: Config, source: Source) -> int:
     """The channels that a file must have for the model; 0 where the loader converts, or isn't known."""
-    loader, backbone = source.transform("LoadImageFromFile"), cfg.model.get("backbone") or {}
+    loader, expected = source.transform("LoadImageFromFile"), configured_channels(cfg.model)
     if not loader:
         return 0
     color_type = loader.get("color_type", "color")
-    mean = (cfg.model.get("data_preprocessor") or {}).get("mean")
-    expected = len(mean) if mean else backbone.get("in_chans", backbone.get("in_channels", 3))
     loaded = CHANNELS.get(color_type)
     if loaded is not None and loaded != expected:
         raise ValueError(
@@ -321,8 +320,7 @@ def _check_heads(model: dict, source: Source) -> None:
         return
     roi_head = model.get("roi_head") or {}
     for name in ("bbox_head", "mask_head", "decode_head", "auxiliary_head"):
-        heads = roi_head.get(name) or model.get(name) or []
-        for head in heads if isinstance(heads, (list, tuple)) else [heads]:
+        for head in as_list(roi_head.get(name) or model.get(name)):
             found = head.get("num_classes")
             # Heads with several losses, and those of one stage that match texts, count other things than classes.
             several_losses = isinstance(head.get("loss_decode"), list)

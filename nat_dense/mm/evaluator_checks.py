@@ -14,7 +14,7 @@ from mmengine.runner import ValLoop
 from nat_dense.mm.coco_file import check_coco_file
 from nat_dense.mm.config import evaluators
 from nat_dense.mm.errors import did_you_mean
-from nat_dense.mm.fields import check_node, class_of, default_loop, dicts_in, is_foreign, type_name
+from nat_dense.mm.fields import as_list, check_node, class_of, default_loop, dicts_in, is_foreign, type_name
 from nat_dense.mm.sources import COCO_DATASET, Source, sources_of
 
 COCO_SCORES = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
@@ -127,8 +127,7 @@ def _check_metrics(name: str, evaluator: dict) -> list[str] | None:
     metric = metric_of(cls)
     if metric is None:
         return None
-    chosen = evaluator.get(metric.field) or metric.default
-    chosen = [chosen] if isinstance(chosen, str) else list(chosen)
+    chosen = as_list(evaluator.get(metric.field) or metric.default)
     for choice in chosen:
         if choice not in metric.scores:
             hint = did_you_mean(str(choice), metric.scores)
@@ -170,8 +169,7 @@ def _check_best(cfg: Config, scores: list[str]) -> None:
     """MMEngine looks the score up after the first validation, and fails or goes on where there is none of this name."""
     for name, hook in _hooks(cfg):
         field = {"CheckpointHook": "save_best", "EarlyStoppingHook": "monitor"}.get(type_name(hook), "")
-        best = hook.get(field) or []
-        for score in [best] if isinstance(best, str) else best:
+        for score in as_list(hook.get(field)):
             if score not in scores and not (score == "auto" and field == "save_best"):
                 hint, auto = did_you_mean(score, scores), "; 'auto' takes the first" if field == "save_best" else ""
                 raise ValueError(

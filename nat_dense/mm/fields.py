@@ -39,6 +39,13 @@ def dicts_in(
             yield from dicts_in(child, f"{name}.{key}", enters)
 
 
+def as_list(part: Any) -> list[Any]:
+    """A part of a config that may be absent, one thing or a list of them, as a list."""
+    if part is None:
+        return []
+    return list(part) if isinstance(part, (list, tuple)) else [part]
+
+
 def type_name(node: Mapping[str, Any]) -> str:
     """The class that a part of a config names, or is made of, without its scope; empty where it names none."""
     found = node.get("type") or ""
@@ -138,8 +145,7 @@ def check_object(name: str, node: dict, cls: Any, others: Iterable[str] = ()) ->
         check_fields(name, cls.__name__, [field for field in node if field not in OF_ANY_OBJECT], [*known, *others])
     expected = _annotations(cls)
     for field, value in node.items():
-        values = value if isinstance(value, (list, tuple)) else [value]
-        if field in expected and any(isinstance(v, str) for v in values) and not _takes_text(expected[field]):
+        if field in expected and any(isinstance(v, str) for v in as_list(value)) and not _takes_text(expected[field]):
             raise ValueError(f"{name}.{field} is {value!r}: expected {_readable(expected[field])}, without quotes.")
 
 

@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from nat_dense.mm.build_errors import naming_parts
+from nat_dense.mm.channels import image_channels
 from nat_dense.mm.meta import build_on_meta
 from nat_dense.ops.flops import bias_additions
 
@@ -178,9 +179,7 @@ def _weighty(model: nn.Module) -> list[str]:
 
 
 def _parts(model: Any, height: int, width: int) -> Iterator[Part]:
-    mean = getattr(getattr(model, "data_preprocessor", None), "mean", None)
-    channels = getattr(model.backbone, "in_chans", 3) if mean is None else mean.numel()
-    image = torch.empty(1, channels, height, width, device="meta")
+    image = torch.empty(1, image_channels(model), height, width, device="meta")
     part, maps = _count("backbone", model.backbone, lambda: model.backbone(image))
     yield part
     if getattr(model, "neck", None) is not None:

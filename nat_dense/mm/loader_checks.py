@@ -10,7 +10,7 @@ from mmengine.runner import EpochBasedTrainLoop, TestLoop, ValLoop
 from torch.utils.data import DataLoader
 
 from nat_dense.listing import listing
-from nat_dense.mm.fields import check_fields, check_node, class_of, default_loop, is_foreign, known_class
+from nat_dense.mm.fields import as_list, check_fields, check_node, class_of, default_loop, is_foreign, known_class
 from nat_dense.mm.sources import SEGMENTATION_DATASET, Source
 
 LOADER_FIELDS = ("num_batch_per_epoch", "disable_subprocess_warning")
@@ -104,8 +104,7 @@ def notes_of_padding(model: dict, source: Source) -> list[str]:
 
 
 def _ignored_labels(model: dict) -> list[Any]:
-    heads = model.get("decode_head") or []
-    return [head.get("ignore_index", 255) for head in (heads if isinstance(heads, (list, tuple)) else [heads])]
+    return [head.get("ignore_index", 255) for head in as_list(model.get("decode_head"))]
 
 
 def notes_of_prefix(source: Source, read: set[str]) -> list[str]:

@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -15,8 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nat_dense.checkpoints.download import local
 from nat_dense.checkpoints.names import URLS
 from nat_dense.mm.build_errors import naming_parts, parts_of
+from nat_dense.mm.channels import image_channels
 from nat_dense.mm.errors import did_you_mean
-from nat_dense.mm.fields import check_object, class_of, dicts_in, type_name
+from nat_dense.mm.fields import as_list, check_object, class_of, dicts_in, type_name
 from nat_dense.mm.free_fields import check_free_fields
 from nat_dense.mm.pretrained import Pretrained, through_this_door
 from nat_dense.models.backbone import NeighborhoodBackbone
@@ -135,8 +137,7 @@ def _check_channels(model: nn.Module) -> None:
     backbone = getattr(model, "backbone", None)
     if not isinstance(backbone, NeighborhoodBackbone):
         return
-    mean = getattr(getattr(model, "data_preprocessor", None), "mean", None)
-    image = torch.zeros(1, backbone.in_chans if mean is None else mean.numel(), 32, 32)
+    image = torch.zeros(1, image_channels(model), 32, 32)
     backbone.eval()
     with torch.no_grad():
         maps = backbone(image)
@@ -154,20 +155,14 @@ def _check_in_channels(name: str, module: nn.Module | None, widths: list[int]) -
         return
     index = getattr(module, "in_index", None)
     try:
-        found = (
-            widths
-            if index is None
-            else [widths[i] for i in index]
-            if isinstance(index, (list, tuple))
-            else widths[index]
-        )
+        read = widths if index is None else [widths[i] for i in as_list(index)]
     except IndexError:
         raise ValueError(
             f"model.{name}.in_index is {index}, but the backbone gives {len(widths)} maps (out_indices)."
         ) from None
-    if isinstance(expected, (list, tuple)):
-        expected = list(expected)
-    if expected != found:
+    is_joined = getattr(module, "input_transform", None) == "resize_concat"
+    found: Any = sum(read) if is_joined else read[0] if isinstance(index, int) else read
+    if (list(expected) if isinstance(expected, tuple) else expected) != found:
         raise ValueError(f"model.{name}.in_channels is {expected}, but the backbone's maps have {found} channels.")
 
 

@@ -36,9 +36,9 @@ def segmentor(*options: str):
         ("model.data_preprocessor.mean=[a,b,c]", "model.data_preprocessor.mean is ['a', 'b', 'c']: expected a number"),
         ("model.backbone.arch=tinny", "arch='tinny'"),
         ("model.backbone.depths=[1,1,1]", "depths=(1, 1, 1)"),
-        ("model.backbone.num_heads=[3,2,4,8]", "3"),
-        ("model.backbone.dilations=[[1],[1],[1],[1]]", "dilations"),
-        ("model.backbone.kernel_size=6", "6"),
+        ("model.backbone.num_heads=[3,2,4,8]", "dim=32 is not divisible by num_heads=3"),
+        ("model.backbone.dilations=[[1],[1],[1],[1]]", "dilations has [1, 1, 1, 1] numbers a stage"),
+        ("model.backbone.kernel_size=6", "kernel_size=6: expected an odd number"),
         ("model.backbone.frozen_stages=5", "frozen_stages=5"),
         ("model.backbone.frozen_stage=1", "has no field 'frozen_stage'. Did you mean 'frozen_stages'?"),
         ("model.backbone.drop_path_rate=1.5", "drop_path_rate=1.5"),
@@ -101,6 +101,16 @@ def test_head_that_does_not_fit_its_map():
         check_model(segmentor("model.auxiliary_head.in_channels=256"))
     with pytest.raises(ValueError, match=r"auxiliary_head.in_index is 4"):
         check_model(segmentor("model.auxiliary_head.in_index=4"))
+
+
+def test_a_head_that_reads_all_maps_as_one():
+    fcn = dict(type="FCNHead", in_channels=[32, 64, 128, 256], in_index=[0, 1, 2, 3], input_transform="resize_concat")
+    cfg = segmentor()
+    cfg.model.decode_head = dict(fcn, channels=480, num_convs=1, kernel_size=1, concat_input=False, num_classes=150)
+    check_model(cfg)
+    cfg.model.decode_head.in_channels[0] = 64
+    with pytest.raises(ValueError, match=r"decode_head.in_channels is 512, but .* 480 channels"):
+        check_model(cfg)
 
 
 def test_missing_initial_weights():

@@ -46,6 +46,17 @@ def test_a_segmentor_gives_logits_of_the_image(checkpoints):
         assert graph.module(torch.rand(1, 3, 50, 70)).shape == (1, 7, 50, 70)
 
 
+def test_four_channels_without_a_mean(tmp_path):
+    cfg = load_config(SEGMENTOR, {"model.backbone.in_chans": 4})
+    cfg.model.data_preprocessor.mean = cfg.model.data_preprocessor.std = None
+    init_default_scope(cfg.default_scope)
+    torch.save(MODELS.build(cfg.model).state_dict(), tmp_path / "weights.pth")
+    graph = graph_of(cfg, str(tmp_path / "weights.pth"), "backbone")
+    assert graph.channels == 4
+    with torch.no_grad():
+        assert len(graph.module(torch.rand(1, graph.channels, 32, 32))) == 4
+
+
 def test_parts_of_a_detector(checkpoints):
     sizes = {}
     for part in (None, "backbone"):

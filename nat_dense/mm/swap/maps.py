@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nat_dense.mm.channels import RGB
 from nat_dense.mm.fields import type_name
 from nat_dense.mm.machine import replace_sync_norms
 from nat_dense.mm.meta import build_on_meta
-from nat_dense.mm.swap.refusals import IMAGE_CHANNELS, SwapRefusedError
+from nat_dense.mm.swap.refusals import SwapRefusedError
 
 STRIDES = (4, 8, 16, 32)
 """Of the stages of NAT, DiNAT and DiNAT_s, in pixels."""
@@ -73,7 +74,7 @@ def _run(module: nn.Module, size: tuple[int, int]) -> Any:
     with torch.no_grad():
         if max(size) > SIDE or sum(p.numel() for p in module.parameters()) > COMPUTED_WEIGHTS:
             try:
-                return module(torch.zeros(1, IMAGE_CHANNELS, *size, device="meta"))
+                return module(torch.zeros(1, RGB, *size, device="meta"))
             except (RuntimeError, NotImplementedError, TypeError):
                 # MMCV's own operators (deformable convolutions) know no meta tensors.
                 pass
@@ -84,7 +85,7 @@ def _run(module: nn.Module, size: tuple[int, int]) -> Any:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            return module(torch.zeros(1, IMAGE_CHANNELS, *size))
+            return module(torch.zeros(1, RGB, *size))
         finally:
             torch.set_num_threads(threads)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nat_dense.mm.fields import type_name
+from nat_dense.mm.channels import RGB, configured_channels
+from nat_dense.mm.fields import as_list, type_name
 
 
 class SwapRefusedError(ValueError):
@@ -63,8 +64,6 @@ HEADS_REFUSED: Mapping[str, str] = {
     "DPTHead": "it reassembles the token sequences of a plain vision transformer",
 }
 
-IMAGE_CHANNELS = 3
-
 
 def check_model(model: Mapping[str, Any]) -> None:
     """Refuses a model that is in one of the tables, or that doesn't take one picture of three channels.
@@ -79,22 +78,14 @@ def check_model(model: Mapping[str, Any]) -> None:
     for node, reasons in _parts(model):
         if type_name(node) in reasons:
             raise SwapRefusedError(f"{type_name(node)}: {reasons[type_name(node)]}.")
-    backbone = model["backbone"]
-    channels = backbone.get("in_channels", backbone.get("in_chans", IMAGE_CHANNELS))
-    if channels != IMAGE_CHANNELS:
-        raise SwapRefusedError(f"model.backbone takes {channels} channels; expected pictures of {IMAGE_CHANNELS}.")
+    channels = configured_channels(dict(backbone=model["backbone"]))
+    if channels != RGB:
+        raise SwapRefusedError(f"model.backbone takes {channels} channels; expected pictures of {RGB}.")
 
 
 def segments(model: Mapping[str, Any]) -> bool:
     """Whether a model is one of MMSegmentation's; otherwise it detects."""
     return "decode_head" in model
-
-
-def as_list(part: Any) -> list[dict]:
-    """A part of a model that may be absent, one dict or a list of them, as a list."""
-    if part is None:
-        return []
-    return list(part) if isinstance(part, (list, tuple)) else [part]
 
 
 def _parts(model: Mapping[str, Any]) -> Iterator[tuple[dict, Mapping[str, str]]]:

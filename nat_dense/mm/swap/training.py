@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nat_dense.mm.fields import type_name
+from nat_dense.mm.fields import as_list, type_name
 from nat_dense.mm.swap.refusals import segments
 from nat_dense.models.variants import Variant
 
@@ -137,8 +137,7 @@ def use_adamw(cfg: Any) -> list[str]:
     new = dict(ADAMW["segmentation" if segments(cfg.model) else "detection"])
     ratio = new["lr"] / cfg.optim_wrapper.optimizer.get("lr", new["lr"])
     cfg.optim_wrapper.optimizer = new
-    schedulers = cfg.get("param_scheduler") or []
-    for scheduler in schedulers if isinstance(schedulers, (list, tuple)) else [schedulers]:
+    for scheduler in as_list(cfg.get("param_scheduler")):
         if scheduler.get("eta_min"):
             scheduler["eta_min"] *= ratio
     cfg.auto_scale_lr = dict(cfg.get("auto_scale_lr") or dict(enable=False), base_batch_size=ADAMW_BATCH)

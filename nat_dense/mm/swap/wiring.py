@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nat_dense.mm.fields import type_name
-from nat_dense.mm.swap.refusals import SwapRefusedError, as_list, segments
+from nat_dense.mm.fields import as_list, type_name
+from nat_dense.mm.swap.refusals import SwapRefusedError, segments
 
 SEGMENTATION_HEADS = ("decode_head", "auxiliary_head")
 
@@ -34,9 +34,8 @@ class Reader:
     def check(self, widths: Sequence[int]) -> None:
         """Raises SwapRefusedError where the field doesn't describe the old backbone's maps."""
         found = self.node[self.key]
-        listed = list(found) if isinstance(found, (list, tuple)) else [found]
-        expected = self._widths(widths, listed)
-        if listed != expected:
+        expected = self._widths(widths, as_list(found))
+        if as_list(found) != expected:
             raise SwapRefusedError(
                 f"{self.path}.{self.key} is {found}, but the maps of the old backbone that it seems to read have "
                 f"{expected} channels (all maps: {list(widths)})."
@@ -45,7 +44,7 @@ class Reader:
     def follow(self, widths: Sequence[int], kept: Sequence[int]) -> None:
         """Describes the new maps: `widths` by old position, of which only `kept` are still returned."""
         old = self.node[self.key]
-        new = self._widths(widths, old if isinstance(old, (list, tuple)) else [old])
+        new = self._widths(widths, as_list(old))
         # A head without convolutions of its own works in the width that it reads.
         if self.key == "in_channels" and self.node.get("num_convs") == 0:
             self.node["channels"] = sum(new)
@@ -172,7 +171,7 @@ def _segmentation_head_readers(path: str, head: dict, count: int) -> Iterator[Re
         yield Reader(path, head, "in_channels", list(range(count)))
         return
     index = head.get("in_index", -1)
-    indices = index if isinstance(index, (list, tuple)) else [index]
+    indices = as_list(index)
     if any(not -count <= i < count for i in indices):
         raise SwapRefusedError(f"{path}.in_index is {index}, but the old backbone returns {count} maps.")
     yield Reader(path, head, "in_channels", [i % count for i in indices], default_index=-1)
