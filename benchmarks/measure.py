@@ -85,14 +85,14 @@ def peak_memory(run: Callable[[], object]) -> int:
     if not refs.exists():
         return 0
     gc.collect()
-    refs.write_text("5")  # resets the high-water mark
+    refs.write_text("5", encoding="utf-8")  # resets the high-water mark
     before = _kib(status, "VmRSS")
     run()
     return max(0, _kib(status, "VmHWM") - before) * 1024
 
 
 def _kib(status: Path, field: str) -> int:
-    line = next(line for line in status.read_text().splitlines() if line.startswith(field))
+    line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith(field))
     return int(line.split()[1])
 
 
@@ -101,9 +101,7 @@ def machine() -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [
-            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
+        names = [line.split(":")[1].strip() for line in cpuinfo.open(encoding="utf-8") if line.startswith("model name")]
         model = names[0] if names else model
     capability = torch.backends.cpu.get_cpu_capability()
     return (
@@ -114,4 +112,4 @@ def machine() -> str:
 def save(path: str | None, results: dict) -> None:
     """Writes results as JSON, with the machine's line, where a path is given."""
     if path:
-        Path(path).write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n")
+        Path(path).write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n", encoding="utf-8")

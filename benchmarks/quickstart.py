@@ -89,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     jobs = trainings(args)
     rows = rows_of(dict(zip(jobs, train(list(jobs.values()), Console()), strict=True)))
     text = table(rows, args)
-    (args.work_dir / "quickstart.md").write_text(text)
-    (args.work_dir / "quickstart.json").write_text(json.dumps(rows, indent=1))
+    (args.work_dir / "quickstart.md").write_text(text, encoding="utf-8")
+    (args.work_dir / "quickstart.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     print(text)
 
 

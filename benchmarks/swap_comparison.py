@@ -114,7 +114,7 @@ def train(config: Path, work_dir: Path, flags: list[str]) -> float:
 
 def _metrics(work_dir: Path) -> Iterator[float]:
     for file in sorted(work_dir.glob("*/vis_data/scalars.json")):
-        for line in file.read_text().splitlines():
+        for line in file.read_text(encoding="utf-8").splitlines():
             values = json.loads(line)
             for metric in METRICS:
                 if metric in values:

@@ -188,10 +188,10 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     file = Path(args.results)
-    results = json.loads(file.read_text()) if file.exists() else dict(configs={}, runs={})
+    results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else dict(configs={}, runs={})
 
     def save() -> None:
-        file.write_text(json.dumps(results, indent=1) + "\n")
+        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
     # In random order, so that the first ones are a fair sample already.
     names = sorted(name for name in shipped_configs() if args.match in name)

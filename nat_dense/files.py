@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ def atomic(path: str | Path, suffix: str = ".part") -> Iterator[Path]:
     check_folder(path)
     # In the same folder, since a rename is atomic within a file system only.
     part = path.with_name(f".{path.name}.{os.getpid()}{suffix}")
+    _remove_left_behind(path, suffix)
     try:
         part.touch()
         mode = part.stat().st_mode
@@ -33,6 +35,26 @@ def atomic(path: str | Path, suffix: str = ".part") -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _remove_left_behind(path: Path, suffix: str) -> None:
+    """Removes what processes that were killed while they wrote this file have left of it."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*{suffix}"):
+        process = part.name.removesuffix(suffix).rpartition(".")[2]
+        if process.isdigit() and not _is_running(int(process)):
+            part.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    if os.name == "nt":  # where this signal is none
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # of another user, or not known here
+        return True
+    return True
 
 
 def check_folder(path: Path) -> None:
@@ -51,15 +73,29 @@ def check_free(path: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{path} exists; name another, or allow to replace it (overwrite=True, --overwrite)")
 
 
-def make_empty_folder(path: Path) -> None:
-    """Creates a folder to fill, with those that it lies in.
+def check_empty_folder(path: Path) -> None:
+    """Checks that a folder can be filled, or created where there is none; creates nothing.
 
     Raises:
         FileExistsError: there is a file, or a folder that holds something.
-        OSError: it can't be created.
+        PermissionError: it may not be written to, or not be created.
     """
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file; name a folder, or none that exists")
     if path.is_dir() and any(path.iterdir()):
         raise FileExistsError(f"the folder {path} is not empty, and nothing is overwritten; name another")
-    path.mkdir(parents=True, exist_ok=True)
+    check_can_be_folder(path)
+
+
+def check_can_be_folder(path: Path) -> None:
+    """Checks that there is a folder that can be written to, or that it can be made; creates nothing.
+
+    Raises:
+        NotADirectoryError: it, or one that it would lie in, is a file.
+        PermissionError: it, or the first that it would lie in, may not be written to.
+    """
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{str(nearest)!r} is a file; choose a folder")
+    if not os.access(nearest, os.W_OK):
+        raise PermissionError(f"no permission to write to {str(nearest)!r}; choose another folder")

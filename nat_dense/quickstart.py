@@ -32,8 +32,9 @@ from mmengine.runner import Runner
 from rich.console import Console
 
 from nat_dense.datasets.shapes import ShapesOptions, generate
-from nat_dense.mm.checkpoints import latest_checkpoint
+from nat_dense.files import atomic
 from nat_dense.mm.config import load_config
+from nat_dense.mm.resuming import latest_checkpoint
 from nat_dense.mm.runner import build_runner
 from nat_dense.progress import Board, ProgressLine
 from nat_dense.report.pictures import draw_examples, predict_examples
@@ -184,7 +185,7 @@ def train(trainings: Sequence[Training], console: Console) -> list[dict[str, Any
         unfinished = [training for training in trainings if _open_folder(training, console)]
         if unfinished:
             _train_in_processes(unfinished)
-    return [json.loads((training.folder / RESULT).read_text()) for training in trainings]
+    return [json.loads((training.folder / RESULT).read_text(encoding="utf-8")) for training in trainings]
 
 
 def _lock(folder: Path) -> FileLock:
@@ -226,7 +227,7 @@ def _note_checkpoint(folder: Path) -> bool:
     """Whether the folder has a checkpoint to go on from; mends MMEngine's note of it, which is an absolute path."""
     latest = latest_checkpoint(folder)
     if latest is not None:
-        (folder / "last_checkpoint").write_text(str(latest.absolute()))
+        (folder / "last_checkpoint").write_text(str(latest.absolute()))  # as MMEngine does
     return latest is not None
 
 
@@ -306,7 +307,8 @@ def _train_one(training: Training, messages: Queue[Message]) -> None:
     """Trains, evaluates, draws; leaves `RESULT` when all is done. Runs in a process of its own."""
     folder = training.folder
     watch = _Watch(training.title, messages, _threads)
-    with (folder / "console.txt").open("a") as output, redirect_stdout(output), redirect_stderr(output):
+    console = (folder / "console.txt").open("a", encoding="utf-8")
+    with console as output, redirect_stdout(output), redirect_stderr(output):
         runner = build_runner(training.cfg)
         runner.register_hook(watch, priority="LOWEST")
         started = time.monotonic()
@@ -364,10 +366,9 @@ class _Watch(Hook):
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(content, indent=1))
-    unfinished.replace(path)
+    with atomic(path) as part:
+        part.write_text(json.dumps(content, indent=1), encoding="utf-8")

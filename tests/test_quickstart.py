@@ -22,8 +22,8 @@ from PIL import Image
 from rich.console import Console
 
 from nat_dense.datasets import scene, shapes
-from nat_dense.mm.checkpoints import latest_checkpoint
 from nat_dense.mm.config import load_config
+from nat_dense.mm.resuming import latest_checkpoint
 from nat_dense.quickstart import CONFIGS, TASKS, Training, task_config, train
 from tests.mm.small import REPOSITORY, load_tool
 

@@ -16,8 +16,9 @@ from mmseg.apis import inference_model, init_model
 from PIL import Image
 
 from nat_dense.checkpoints import read
+from nat_dense.checkpoints.runner_files import load_from_nat_dense
 from nat_dense.mm.config import load_config
-from nat_dense.mm.options import set_out
+from nat_dense.mm.options import set_out, set_show_dir
 from tests.mm.small import (
     DETECTOR,
     REPOSITORY,
@@ -79,7 +80,7 @@ def test_train_segmentor_logs_losses_and_miou(segmentor):
 
 def test_test_detector_repeats_the_validation_and_writes_pictures_and_predictions(detector, tmp_path, capsys):
     options, run = detector
-    out, pictures = tmp_path / "predictions.pkl", tmp_path / "pictures"
+    out, pictures = tmp_path / "below" / "predictions.pkl", tmp_path / "pictures"
     arguments = ["--work-dir", str(tmp_path / "test"), "--out", str(out), "--show-dir", str(pictures)]
     metrics = evaluate([DETECTOR, str(run / "epoch_1.pth"), *arguments, "--cfg-options", *options])
     (logged,) = [line for line in scalars(run) if "coco/bbox_mAP" in line]
@@ -102,11 +103,15 @@ def test_test_detector_repeats_the_validation_and_writes_pictures_and_prediction
             evaluate([DETECTOR, str(run / "epoch_1.pth"), *argument, "--cfg-options", *options])
         assert capsys.readouterr().err.startswith(f"test.py: error: {argument[0]}")
     assert {path: path.read_bytes() for path in (out, *pictures.iterdir())} == before
+    new = [tmp_path / "new" / name for name in ("pictures", "predictions.pkl")]
+    with pytest.raises(SystemExit):  # nothing is made before the checks
+        evaluate([DETECTOR, "missing.pth", "--show-dir", str(new[0]), "--out", str(new[1]), "--cfg-options", *options])
+    assert not new[0].parent.exists()
 
 
 def test_test_segmentor_repeats_the_validation_and_writes_pictures_and_predictions(segmentor, tmp_path):
     options, run = segmentor
-    out, pictures = tmp_path / "predictions", tmp_path / "pictures"
+    out, pictures = tmp_path / "new" / "predictions", tmp_path / "pictures"
     arguments = ["--work-dir", str(tmp_path / "test"), "--out", str(out), "--show-dir", str(pictures)]
     metrics = evaluate([SEGMENTOR, str(run / "iter_2.pth"), *arguments, "--cfg-options", *options])
     (logged,) = [line for line in scalars(run) if "mIoU" in line]
@@ -240,11 +245,39 @@ def test_resume_goes_on_where_the_run_stopped(segmentor, tmp_path):
     assert [read(file).extras["optimizer"]["state"][0]["step"] for file in files] == [2, 3]
 
 
+def test_a_resumed_copy_keeps_to_its_own_best_checkpoint(segmentor, tmp_path):
+    """MMEngine notes the best one by its absolute path, and deletes what it notes."""
+    options, _ = segmentor
+    options = [*options, "default_hooks.checkpoint.save_best=mIoU"]
+    first, copy, other = tmp_path / "first", tmp_path / "copy", tmp_path / "other"
+    train([SEGMENTOR, "--work-dir", str(first), "--cfg-options", *options])
+    state = load_from_nat_dense(str(first / "iter_2.pth"))
+    state["message_hub"]["runtime_info"]["best_score"] = -1.0  # so that what comes is better
+    torch.save(state, first / "iter_2.pth")
+    shutil.copytree(first, copy)
+    more = ["train_cfg.max_iters=3", "train_cfg.val_interval=3", "default_hooks.checkpoint.interval=3"]
+    train([SEGMENTOR, "--work-dir", str(copy), "--resume", "--cfg-options", *options, *more])
+    resume = ["--resume", str(first / "iter_2.pth")]
+    train([SEGMENTOR, "--work-dir", str(other), *resume, "--cfg-options", *options, *more])
+    best = {folder.name: [path.name for path in folder.glob("best_*.pth")] for folder in (first, copy, other)}
+    assert best == dict(first=["best_mIoU_iter_2.pth"], copy=["best_mIoU_iter_3.pth"], other=["best_mIoU_iter_3.pth"])
+
+
+def test_pictures_of_several_processes(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    cfg = load_config(SEGMENTOR)
+    set_show_dir(cfg, str(tmp_path / "pictures"))
+    cfg.launcher = "pytorch"
+    with pytest.raises(ValueError, match="only the first process draws"):
+        set_show_dir(cfg, str(tmp_path / "pictures"))
+
+
 def test_a_finished_run_says_so(segmentor, capsys):
     options, run = segmentor
     train([SEGMENTOR, "--resume", "--work-dir", str(run), "--cfg-options", *options])
     told = capsys.readouterr().out
-    assert "is the end of its run (iter 2 of 2): nothing is left to train; raise train_cfg.max_iters." in told
+    assert "is the end of its run (iter 2 of 2): nothing is left to train. With a larger train_cfg.max_iters" in told
+    assert "in the run that is resumed" not in told
 
 
 def test_predictions_of_a_segmentor_are_not_overwritten(segmentor, tmp_path, capsys):

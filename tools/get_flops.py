@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         cost = count_config(load_swapped(args), *args.shape)
         if args.json:
             with atomic(args.json) as part:
-                part.write_text(json.dumps({"config": args.config, **cost.as_dict()}, indent=2) + "\n")
+                text = json.dumps({"config": args.config, **cost.as_dict()}, indent=2)
+                part.write_text(text + "\n", encoding="utf-8")
     Console().print(cost.as_table())
 
 

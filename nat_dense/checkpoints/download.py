@@ -124,7 +124,7 @@ def _receive(url: str, partial: Path) -> None:
     headers = {"User-Agent": "nat_dense"}
     # Without the server's mark of the version that was begun, the rest could be another version's.
     if start and tag.exists():
-        headers |= {"Range": f"bytes={start}-", "If-Range": tag.read_text()}
+        headers |= {"Range": f"bytes={start}-", "If-Range": tag.read_text(encoding="utf-8")}
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as response:
         resumed = response.status == 206
         if not resumed:
@@ -132,7 +132,7 @@ def _receive(url: str, partial: Path) -> None:
         mark = response.headers.get("ETag") or response.headers.get("Last-Modified")
         # If-Range demands a strong mark.
         if mark and not mark.startswith("W/"):
-            tag.write_text(mark)
+            tag.write_text(mark, encoding="utf-8")
         else:
             tag.unlink(missing_ok=True)
         rest = response.headers.get("Content-Length")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial, update_wrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from mmengine.fileio import LocalBackend, register_backend
@@ -67,13 +67,30 @@ def load_from_nat_dense(filename: str, map_location: Any = None, *, trust: bool 
 
 
 class AtomicBackend(LocalBackend):
-    """mmengine's local files, of which binary ones (checkpoints) are written whole or not at all."""
+    """mmengine's local files, of which binary ones (checkpoints) are written whole or not at all.
+
+    mmengine removes the checkpoint that a new one replaces before it writes the new one, so that a run which ends
+    between may be left with none. Here it is removed when the next one is there.
+    """
+
+    _replaced: ClassVar[set[Path]] = set()
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
         """Writes bytes to a file; makes its folder where there is none."""
-        Path(filepath).parent.mkdir(parents=True, exist_ok=True)
-        with atomic(filepath) as part:
+        path = Path(filepath)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as part:
             part.write_bytes(obj)
+        self._replaced.discard(path.absolute())
+        while self._replaced:
+            self._replaced.pop().unlink(missing_ok=True)
+
+    def remove(self, filepath: str | Path) -> None:
+        """Removes a file; a checkpoint when the next one has been written."""
+        if Path(filepath).suffix == ".pth" and Path(filepath).is_file():
+            self._replaced.add(Path(filepath).absolute())
+        else:
+            super().remove(filepath)
 
 
 def install(*, trust: bool = False) -> None:

@@ -40,7 +40,7 @@ def measure(root: str | Path, split: str) -> dict[str, float]:
         FileNotFoundError: `root` holds no such split.
     """
     root = Path(root)
-    coco = json.loads((root / "annotations" / f"instances_{split}.json").read_text())
+    coco = json.loads((root / "annotations" / f"instances_{split}.json").read_text(encoding="utf-8"))
     things = [a for a in coco["annotations"] if not a["iscrowd"]]
     side = np.sqrt([a["area"] for a in things])
     extent = np.array([max(a["bbox"][2:]) for a in things])
@@ -96,7 +96,7 @@ def _mean_colours(root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _pictures(root: Path, split: str) -> Iterator[tuple[np.ndarray, list[tuple[dict, np.ndarray]]]]:
     """Each picture [H, W, 3] (BGR, 0..1), and its things but crowds with their masks [H, W] (bool)."""
-    coco = json.loads((root / "annotations" / f"instances_{split}.json").read_text())
+    coco = json.loads((root / "annotations" / f"instances_{split}.json").read_text(encoding="utf-8"))
     grouped = defaultdict(list)
     for annotation in coco["annotations"]:
         if not annotation["iscrowd"]:

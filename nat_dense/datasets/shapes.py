@@ -102,7 +102,7 @@ def check_complete(out: Path, options: ShapesOptions) -> None:
     remedy = "choose another folder or remove this one yourself"
     if not (out / "dataset.json").is_file():
         raise FileExistsError(f"{out} exists and is not a generated shapes set (no dataset.json): {remedy}")
-    found = json.loads((out / "dataset.json").read_text())
+    found = json.loads((out / "dataset.json").read_text(encoding="utf-8"))
     if found != asdict(options):
         raise FileExistsError(f"{out} holds a shapes set made with {found}, not with {asdict(options)}: {remedy}")
     for split, count in zip(SPLITS, (options.train, options.val), strict=True):
@@ -166,7 +166,7 @@ def _write_image(path: Path, image: np.ndarray, flags: list[int]) -> None:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, separators=(",", ":")))
+    path.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -4,7 +4,3 @@ Start with `runner.py` (`build_runner`: every check, then the Runner), then `con
 `swap/` (another backbone under any model), `machine.py` (what this machine can't do is replaced, and said),
 `model_checks.py`, `data_checks.py` and `checkpoints.py`.
 """
-
-from nat_dense.mm.swap import SwapRefusedError, plan_swap, swap_backbone
-
-__all__ = ["SwapRefusedError", "plan_swap", "swap_backbone"]

@@ -1,34 +1,18 @@
-"""Checkpoints around a Runner: read without running their code, fitting the model, and never overwritten."""
+"""Checkpoints for a config's model: read without running their code, and whether they fit."""
 
+import itertools
 import os
-import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmengine.config import Config
-from mmengine.hooks import Hook
 from torch import nn
 
-from nat_dense.checkpoints import Checkpoint, fetch, read, runner_files
+from nat_dense.checkpoints import Checkpoint, runner_files
 from nat_dense.checkpoints.layout import unwrap
 from nat_dense.checkpoints.origin import origin_of
 from nat_dense.listing import listing
+from nat_dense.mm.sources import Source
 from nat_dense.models.backbone import NeighborhoodBackbone
-
-EXPERIMENT_TIME = re.compile(r"_\d{8}_\d{6}$")
-"""MMEngine names an experiment after its config file and the time of its start."""
-
-STEP = re.compile(r"(?:iter|epoch)_(\d+)\.pth")
-"""How MMEngine names the checkpoints of a run."""
-
-
-class DropEmbeddedConfig(Hook):
-    """Removes the config text from a loaded checkpoint: on resuming, MMEngine would run it as Python."""
-
-    def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
-        """Drops `meta.config`, which MMEngine's own checkpoints don't have, before anything reads it."""
-        checkpoint.get("meta", {}).pop("config", None)
 
 
 def refuse_pickled_code(*, trust: bool = False) -> None:
@@ -106,6 +90,43 @@ def _notes_of_dilations(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
     ]
 
 
+def check_classes(
+    model: Mapping[str, Any], source: Source | None, checkpoint: Checkpoint, *, keeps_order: bool = True
+) -> list[str]:
+    """Checks that a checkpoint was trained with a dataset's classes, where it names those that it was trained with.
+
+    Args:
+        model: the model's config; one that matches texts knows no order of classes.
+        source: the dataset; None where there is none that is known.
+        checkpoint: what `nat_dense.checkpoints.read` returned.
+        keeps_order: whether the model's outputs must go on meaning the same; not where training starts from weights.
+
+    Returns:
+        A sentence for the user where the classes differ.
+
+    Raises:
+        ValueError: they are the same ones in another order, so that predictions would be taken for other classes.
+    """
+    meta = checkpoint.extras.get("meta")
+    named = meta.get("dataset_meta") if isinstance(meta, Mapping) else None
+    trained = {str(key).lower(): value for key, value in (named or {}).items()}.get("classes") or ()  # once in capitals
+    if source is None or isinstance(trained, str) or model.get("language_model"):
+        return []
+    trained, ours = [str(name) for name in trained], list(source.classes)
+    if not trained or not ours or trained == ours:
+        return []
+    is_permuted = sorted(trained) == sorted(ours)
+    pairs = enumerate(itertools.zip_longest(trained, ours))
+    number, (there, here) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+    difference = (
+        f"{str(checkpoint.path)!r} was trained with {'another order of' if is_permuted else 'other'} classes than "
+        f"{source.name} has: number {number} is {there!r} there and {here!r} here"
+    )
+    if is_permuted and keeps_order:
+        raise ValueError(f"{difference}: predictions would be taken for other classes. Give both one order.")
+    return [f"{difference}."]
+
+
 def _readable(dilations: Sequence[Sequence[int]]) -> str:
     return str([list(row) for row in dilations])
 
@@ -137,113 +158,3 @@ def check_start(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
     notices = [f"{len(fresh)} of {len(expected)} weights start afresh: {listing(fresh)}"] if fresh else []
     notices += [f"{len(unused)} of its weights are not used: {listing(unused)}"] if unused else []
     return [f"load_from={source!r}: {notice}." for notice in notices] + _notes_of_dilations(model, checkpoint)
-
-
-def latest_checkpoint(work_dir: str | Path, *, elsewhere: bool = False) -> Path | None:
-    """The checkpoint that a run in this directory goes on from, or None.
-
-    MMEngine notes it in `last_checkpoint`, as an absolute path and after it has deleted an older one: the note can name
-    a file of the directory that this one was copied from, or one that is gone. A file of that name here comes first,
-    then the furthest one here.
-
-    Args:
-        work_dir: the directory.
-        elsewhere: whether the run writes its checkpoints to another directory (`out_dir` of MMEngine's hook).
-    """
-    work_dir = Path(work_dir)
-    note = work_dir / "last_checkpoint"
-    noted = Path(note.read_text().strip()) if note.is_file() else None
-    if noted and (work_dir / noted.name).is_file():
-        return work_dir / noted.name
-    if noted and elsewhere and noted.is_file():
-        return noted
-    steps = {int(found[1]): path for path in work_dir.glob("*.pth") if (found := STEP.fullmatch(path.name))}
-    return steps[max(steps)] if steps else None
-
-
-def check_work_dir(cfg: Config, model: nn.Module, *, trust: bool = False) -> list[str]:
-    """Checks that a training run neither continues another config's run nor overwrites one.
-
-    Args:
-        cfg: the config of the run, with `work_dir`, `resume` and `load_from` set; to resume from the latest checkpoint,
-            `load_from` is set to it.
-        model: the model that the config builds.
-        trust: whether the checkpoint may run code.
-
-    Returns:
-        Sentences for the user, such as that there is nothing to resume, or what of `load_from` is not used.
-
-    Raises:
-        FileNotFoundError: the checkpoint to resume or start from is gone.
-        ValueError: the directory or the checkpoint belongs to another config or model, or a fresh run would overwrite
-            checkpoints.
-    """
-    work_dir, resume, named = Path(cfg.work_dir), cfg.get("resume"), cfg.get("load_from")
-    hook = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
-    for name, folder in (("work_dir", work_dir), ("default_hooks.checkpoint.out_dir", hook.get("out_dir"))):
-        if folder and "://" not in str(folder):
-            _check_can_be_folder(name, Path(folder))
-    present = sorted(path.name for path in work_dir.glob("*.pth"))
-    if not resume:
-        if present:
-            raise ValueError(
-                f"{_holding(work_dir, present)}, that a new run could overwrite. Go on with it (--resume), or choose "
-                "another --work-dir."
-            )
-        return check_start(model, read(fetch(named), trust=trust)) if named else []
-    if named and present and Path(named).resolve().parent != work_dir.resolve():
-        raise ValueError(
-            f"{_holding(work_dir, present)}, that a run resumed from {str(named)!r} could overwrite. Choose another "
-            "--work-dir."
-        )
-    source = named or latest_checkpoint(work_dir, elsewhere=bool(hook.get("out_dir")))
-    if source is None and present:
-        raise ValueError(
-            f"{_holding(work_dir, present)}, but none that says how far it is (iter_N.pth, epoch_N.pth): name it, "
-            "--resume FILE."
-        )
-    if source is None:
-        return [f"Nothing to resume in {str(work_dir)!r}: training starts from the beginning."]
-    source = cfg.load_from = str(source)
-    checkpoint = read(fetch(source), trust=trust)
-    if not {"meta", "optimizer"} <= set(checkpoint.extras):
-        raise ValueError(
-            f"{source!r} holds weights but no training state to resume; start from it with --cfg-options "
-            f"load_from={source}."
-        )
-    if not named:
-        _check_same_experiment(cfg, checkpoint.extras["meta"].get("experiment_name", ""), source)
-    return check_fits(model, checkpoint) + _notice_of_end(cfg, checkpoint.extras["meta"], source)
-
-
-def _check_can_be_folder(name: str, folder: Path) -> None:
-    """Finds a folder that can't be written to, or made, before training."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise NotADirectoryError(f"{name}={str(folder)!r}: {str(nearest)!r} is a file; name a folder.")
-    if not os.access(nearest, os.W_OK):
-        raise PermissionError(f"{name}={str(folder)!r}: {str(nearest)!r} may not be written to; name another folder.")
-
-
-def _notice_of_end(cfg: Config, meta: dict, source: str) -> list[str]:
-    loop = cfg.get("train_cfg") or {}
-    unit, field = ("iter", "max_iters") if "max_iters" in loop else ("epoch", "max_epochs")
-    done, whole = meta.get(unit), loop.get(field)
-    if done is None or whole is None or done < whole:
-        return []
-    end = f"{source!r} is the end of its run ({unit} {done} of {whole})"
-    return [f"{end}: nothing is left to train; raise train_cfg.{field}."]
-
-
-def _holding(work_dir: Path, present: list[str]) -> str:
-    return f"work-dir {str(work_dir)!r} already holds {len(present)} checkpoint(s), such as {present[0]!r}"
-
-
-def _check_same_experiment(cfg: Config, experiment: str, source: str) -> None:
-    found = EXPERIMENT_TIME.sub("", experiment)
-    expected = cfg.get("experiment_name") or Path(cfg.filename or "").stem
-    if found and expected and found != expected:
-        raise ValueError(
-            f"work-dir {cfg.work_dir!r} holds checkpoints of the config {found!r}, not of {expected!r}. Choose another "
-            f"--work-dir, or, to go on with those weights on purpose, name the file: --resume {source}"
-        )

@@ -67,6 +67,13 @@ def evaluators(cfg: Config, loader: str) -> list[Any]:
     return as_list(found["metrics"] if isinstance(found, dict) and "metrics" in found else found)
 
 
+def model_of(cfg: Config) -> ConfigDict:
+    """A config's model; raises ValueError where it has none."""
+    if not cfg.get("model"):
+        raise ValueError(f"{cfg.filename or 'the config'} has no model: expected a config of a detector or a segmentor")
+    return cfg.model
+
+
 def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     """Reads a config and merges the values of `--cfg-options` into it.
 

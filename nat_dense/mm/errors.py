@@ -45,6 +45,15 @@ def one_line_errors(program: str, kind: type[Exception] = Exception) -> Iterator
 
 
 @contextmanager
+def naming(field: str) -> Iterator[None]:
+    """Puts the field or the option that names a file or a folder before the message of an OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(f"{field}: {error}.") from error
+
+
+@contextmanager
 def at_least(level: int) -> Iterator[None]:
     """Lets MMEngine log only messages of this level and above inside the block."""
     logger = MMLogger.get_current_instance()

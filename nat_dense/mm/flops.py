@@ -34,6 +34,7 @@ from torch.utils.flop_counter import flop_registry
 
 from nat_dense.mm.build_errors import naming_parts
 from nat_dense.mm.channels import image_channels
+from nat_dense.mm.config import model_of
 from nat_dense.mm.meta import build_on_meta
 from nat_dense.ops.flops import bias_additions
 
@@ -129,11 +130,10 @@ def count_config(cfg: Config, height: int, width: int) -> Cost:
     Raises:
         ValueError: The config has no model, or `count_model` can't take it.
     """
-    if not cfg.get("model"):
-        raise ValueError("the config has no model; expected a config of a detector or a segmentor")
+    node = model_of(cfg)
     init_default_scope(cfg.get("default_scope", "mmengine"))
-    with naming_parts(cfg.model):
-        model = build_on_meta(cfg.model)
+    with naming_parts(node):
+        model = build_on_meta(node)
     return count_model(model, height, width)
 
 

@@ -6,13 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 SAMPLE = 500
 """So many files of a larger set are decoded, evenly spaced; smaller sets are decoded entirely."""
-
-EXIF_ORIENTATION = 274
-"""The EXIF tag that says how a photo is turned; from 5 on its width and height change places."""
 
 CHANNELS = {"color": 3, "color_ignore_orientation": 3, "grayscale": 1, "grayscale_ignore_orientation": 1}
 """Channels that mmcv's `LoadImageFromFile` gives for each `color_type`; "unchanged" gives those of the file."""
@@ -92,7 +89,7 @@ def _image_fault(picture: Picture, channels: int) -> str | None:
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-    turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
     return (image.height, image.width) if turned else image.size
 
 

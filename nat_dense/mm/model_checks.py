@@ -3,7 +3,6 @@
 import copy
 import importlib.util
 import inspect
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,10 +16,12 @@ from nat_dense.checkpoints.download import local
 from nat_dense.checkpoints.names import URLS
 from nat_dense.mm.build_errors import naming_parts, parts_of
 from nat_dense.mm.channels import image_channels
+from nat_dense.mm.config import model_of
 from nat_dense.mm.errors import did_you_mean
 from nat_dense.mm.fields import as_list, check_object, class_of, dicts_in, type_name
 from nat_dense.mm.free_fields import check_free_fields
 from nat_dense.mm.pretrained import Pretrained, through_this_door
+from nat_dense.mm.processes import process_count
 from nat_dense.models.backbone import NeighborhoodBackbone
 
 TASK_OF_SCOPE = {"mmdet": "detection", "mmseg": "segmentation"}
@@ -48,18 +49,17 @@ def check_model(cfg: Config, *, training: bool = True) -> tuple[nn.Module, list[
             torchvision and it is missing, a misspelt or wrong field, parts that don't fit, or batch norm with one value
             per channel.
     """
-    if not cfg.get("model"):
-        raise ValueError(f"{cfg.filename or 'the config'} has no model: is it a config to train or test with?")
-    _check_statistics(cfg.model.get("data_preprocessor") or {})
-    backbone = cfg.model.get("backbone") or {}
+    node = model_of(cfg)
+    _check_statistics(node.get("data_preprocessor") or {})
+    backbone = node.get("backbone") or {}
     if cls := _class_of(backbone):
         check_object("model.backbone", backbone, cls)
     if training:
-        _check_initial_weights(cfg.model)
-    warnings = check_free_fields(cfg.model, parts_of(cfg.model))
+        _check_initial_weights(node)
+    warnings = check_free_fields(node, parts_of(node))
     with torch.random.fork_rng(devices=[]):
-        with naming_parts(cfg.model):
-            model = MODELS.build(copy.deepcopy(cfg.model))  # MMSegmentation writes into what it builds from
+        with naming_parts(node):
+            model = MODELS.build(copy.deepcopy(node))  # MMSegmentation writes into what it builds from
         _check_channels(model)
     if training:
         _load_initial_weights(model, on_disk=True)
@@ -194,7 +194,7 @@ def check_last_batch(cfg: Config, model: nn.Module) -> None:
     name = _norm_of_one_place(model)
     if name is None:
         return
-    images, processes = len(DATASETS.build(copy.deepcopy(loader.dataset))), int(os.environ.get("WORLD_SIZE", "1"))
+    images, processes = len(DATASETS.build(copy.deepcopy(loader.dataset))), process_count()
     batch_size = loader.get("batch_size", 1)
     if batch_size > 1 and -(-images // processes) % batch_size == 1:
         raise ValueError(

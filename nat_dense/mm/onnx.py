@@ -16,6 +16,7 @@ from nat_dense.checkpoints.layout import unwrap
 from nat_dense.mm.build_errors import naming_parts
 from nat_dense.mm.channels import image_channels
 from nat_dense.mm.checkpoints import check_fits
+from nat_dense.mm.config import model_of
 from nat_dense.mm.machine import replace_sync_norms
 from nat_dense.version import __version__
 
@@ -81,12 +82,11 @@ def graph_of(cfg: Config, checkpoint: str, part: str | None = None, *, trust: bo
         FileNotFoundError: There is no such checkpoint.
         ValueError: The config has no model or no such part, or the checkpoint is of another model.
     """
-    if not cfg.get("model"):
-        raise ValueError("the config has no model; expected a config of a detector or a segmentor")
+    node = model_of(cfg)
     init_default_scope(cfg.get("default_scope", "mmengine"))
-    replace_sync_norms(cfg.model)
-    with naming_parts(cfg.model):
-        model = MODELS.build(cfg.model)
+    replace_sync_norms(node)
+    with naming_parts(node):
+        model = MODELS.build(node)
     part = _check_part(model, part)
     source = read(fetch(checkpoint), trust=trust)
     notices = check_fits(model, source)
@@ -95,13 +95,13 @@ def graph_of(cfg: Config, checkpoint: str, part: str | None = None, *, trust: bo
     model.eval().requires_grad_(False)
     if part == "logits":
         module: nn.Module = Logits(model)
-        if (cfg.model.get("test_cfg") or {}).get("mode") == "slide":
+        if (node.get("test_cfg") or {}).get("mode") == "slide":
             notices.append(
                 "The config slides a window over its images (test_cfg.mode='slide'); the file takes any whole."
             )
     else:
         module = Maps(model, with_neck=part == "neck")
-    preprocessor = cfg.model.get("data_preprocessor") or {}
+    preprocessor = node.get("data_preprocessor") or {}
     metadata = _metadata(cfg, preprocessor, part, source.extras.get("meta") or {})
     return Graph(module.eval(), image_channels(model), ["logits"] if part == "logits" else None, metadata, notices)
 

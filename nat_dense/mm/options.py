@@ -5,10 +5,12 @@ from pathlib import Path
 
 from mmengine.config import Config, ConfigDict, DictAction
 
-from nat_dense.files import make_empty_folder
+from nat_dense.files import check_can_be_folder, check_empty_folder
 from nat_dense.mm.config import evaluators
+from nat_dense.mm.errors import naming
 from nat_dense.mm.fields import is_of, type_name
 from nat_dense.mm.pipelines import datasets_of, is_wrapper
+from nat_dense.mm.processes import process_count
 
 FLIP_META = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
 """What MMDetection's test-time augmentation needs to know of each view to merge it."""
@@ -81,18 +83,21 @@ def enable_auto_scale_lr(cfg: Config) -> None:
 
 
 def set_show_dir(cfg: Config, show_dir: str) -> None:
-    """`--show-dir`: draws every tested image, prediction beside ground truth, into this directory, which is created.
+    """`--show-dir`: draws every tested image, prediction beside ground truth, into this directory.
 
     Raises:
         OSError: the directory holds something, is a file, or can't be created.
-        ValueError: the config has no visualization hook to draw with.
+        ValueError: the config has no visualization hook to draw with, or there are several processes.
     """
     hook = (cfg.get("default_hooks") or {}).get("visualization")
     if hook is None:
         raise ValueError(
             "--show-dir needs default_hooks.visualization in the config (DetVisualizationHook or SegVisualizationHook)."
         )
-    _make_empty_folder("--show-dir", show_dir)
+    if cfg.get("launcher", "none") != "none" and process_count() > 1:
+        raise ValueError("--show-dir: only the first process draws, the images that it tests; test in one process.")
+    with naming("--show-dir"):
+        check_empty_folder(Path(show_dir))
     hook.draw = True
     folder = str(Path(show_dir).absolute())
     if type_name(hook) == "DetVisualizationHook":
@@ -113,7 +118,8 @@ def set_out(cfg: Config, out: str) -> None:
     if cfg.get("default_scope") == "mmseg":
         if is_pickle:
             raise ValueError(f"--out {out}: predictions of a segmentor are PNG files; name a directory.")
-        _make_empty_folder("--out", out)
+        with naming("--out"):
+            check_empty_folder(Path(out))
         written[0].output_dir = out
     elif not is_pickle:
         raise ValueError(f"--out {out}: predictions of a detector are a pickle; name a .pkl file.")
@@ -125,16 +131,10 @@ def set_out(cfg: Config, out: str) -> None:
     elif Path(out).exists():
         raise FileExistsError(f"--out {out}: there is such a file, which is not overwritten; name another.")
     else:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        with naming("--out"):
+            check_can_be_folder(Path(out).parent)
         written.append(dict(type="DumpDetResults", out_file_path=out))
         cfg.test_evaluator = written
-
-
-def _make_empty_folder(option: str, folder: str) -> None:
-    try:
-        make_empty_folder(Path(folder))
-    except OSError as error:
-        raise type(error)(f"{option}: {error}.") from error
 
 
 def enable_tta(cfg: Config) -> list[str]:

@@ -26,6 +26,11 @@ class CPUDistributedDataParallel(MMDistributedDataParallel):
         super().__init__(module=module, **settings)
 
 
+def process_count() -> int:
+    """How many processes the launcher started, by its environment."""
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+
+
 def use_cpus(cfg: Config) -> None:
     """Makes a config's processes train on the CPU; changes it in place.
 

@@ -13,7 +13,7 @@ from mmengine.visualization import Visualizer
 
 from nat_dense.checkpoints import fetch, read
 from nat_dense.checkpoints.download import check_source
-from nat_dense.mm.checkpoints import DropEmbeddedConfig, check_fits, check_work_dir, refuse_pickled_code
+from nat_dense.mm.checkpoints import check_classes, check_fits, refuse_pickled_code
 from nat_dense.mm.config import LOADERS, check_keys
 from nat_dense.mm.data_checks import check_data, read_choices
 from nat_dense.mm.fields import check_node
@@ -23,6 +23,8 @@ from nat_dense.mm.model_checks import check_last_batch, check_model, fetch_initi
 from nat_dense.mm.options import enable_tta
 from nat_dense.mm.pipelines import check_transforms
 from nat_dense.mm.processes import join_on_cpus, let_first_write_metrics
+from nat_dense.mm.resuming import GoOnHere, check_work_dir
+from nat_dense.mm.sources import sources_of
 from nat_dense.mm.training_checks import check_training
 
 
@@ -72,7 +74,9 @@ def build_runner(
         fetch_initial_weights(model)
     elif cfg.get("load_from"):
         cfg.load_from = str(fetch(cfg.load_from))
-        notices += check_fits(model, read(cfg.load_from, trust=trust))
+        checkpoint = read(cfg.load_from, trust=trust)
+        tested = next(sources_of(cfg.test_dataloader.dataset, "test_dataloader.dataset"), None)
+        notices += check_fits(model, checkpoint) + check_classes(cfg.model, tested, checkpoint)
     del model
     if tta:
         notices += enable_tta(cfg)
@@ -84,7 +88,7 @@ def build_runner(
     _name_visualizer(cfg)
     join_on_cpus(cfg)
     runner: Any = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
-    runner.register_hook(DropEmbeddedConfig())
+    runner.register_hook(GoOnHere())
     if training and read_choices(cfg)["validation"] == "try":
         runner.register_hook(TryValidation())
     let_first_write_metrics(runner)

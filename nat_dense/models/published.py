@@ -4,7 +4,7 @@ The figures are the authors'; this project has trained none of these models. Con
 documentation read this table or are tested against it.
 
 Source: the model cards and configs of SHI-Labs/Neighborhood-Attention-Transformer at d334f5b (papers: arXiv:2204.07143,
-arXiv:2209.15001). The checkpoints follow that repository's licence, `variants.LICENCE`.
+arXiv:2209.15001). The checkpoints follow that repository's licence, MIT.
 """
 
 from __future__ import annotations

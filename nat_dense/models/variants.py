@@ -13,8 +13,6 @@ from types import MappingProxyType
 NAT_ROOT = "https://shi-labs.com/projects/nat/checkpoints/CLS/"
 DINAT_ROOT = "https://shi-labs.com/projects/dinat/checkpoints/imagenet1k/"
 DINAT_22K_ROOT = "https://shi-labs.com/projects/dinat/checkpoints/imagenet22k/"
-LICENCE = "MIT"
-"""Of the published weights: the licence of the repository that released them."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def read_scalars(work_dir: str | Path) -> Scalars:
         raise FileNotFoundError(f"{work_dir} holds no logged scalars (*/vis_data/scalars.json): expected a work-dir")
     scalars: Scalars = {}
     for file in files:
-        for line in file.read_text().splitlines():
+        for line in file.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
             for name, value in entry.items():
                 if isinstance(value, (int, float)):

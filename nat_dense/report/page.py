@@ -110,7 +110,8 @@ def write_page(
             sections=sections,
             footer=footer,
             inlined=_inlined,
-        )
+        ),
+        encoding="utf-8",
     )
 
 

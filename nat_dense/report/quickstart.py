@@ -15,7 +15,7 @@ from mmengine.config import Config
 from rich.table import Table
 
 from nat_dense.datasets.shapes import ShapesOptions
-from nat_dense.mm.checkpoints import latest_checkpoint
+from nat_dense.mm.resuming import latest_checkpoint
 from nat_dense.progress import clock
 from nat_dense.report.curves import draw_curves, read_scalars
 from nat_dense.report.page import Section, write_page

@@ -1,12 +1,14 @@
 """What mmengine loads by itself: training states that resume, old files, and no code."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from mmengine.fileio import LocalBackend, register_backend
+from mmengine.fileio import LocalBackend, get_file_backend, register_backend
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import load_checkpoint, save_checkpoint
@@ -128,3 +130,34 @@ def test_saving_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         save_checkpoint(dict(state_dict=dict(a=torch.zeros(3))), str(path))
     assert [file.name for file in path.parent.iterdir()] == ["epoch_1.pth"]
     assert torch.equal(load(path)["state_dict"]["a"], torch.ones(3))
+
+
+def test_a_checkpoint_is_removed_when_the_one_that_replaces_it_is_there(tmp_path, monkeypatch):
+    """MMEngine removes it before."""
+    old, new, other = (tmp_path / f"iter_{i}.pth" for i in (1, 2, 3))
+    for path in (old, other):
+        save_checkpoint(dict(state_dict=dict(a=torch.ones(3))), str(path))
+    backend = get_file_backend(str(old))
+    backend.remove(str(old))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
+        with pytest.raises(OSError, match="no space left"):
+            save_checkpoint(dict(state_dict={}), str(new))
+    assert torch.equal(load(old)["state_dict"]["a"], torch.ones(3))
+    save_checkpoint(dict(state_dict={}), str(new))
+    assert sorted(tmp_path.iterdir()) == [new, other]
+    backend.remove(str(new))
+    save_checkpoint(dict(state_dict={}), str(new))  # the same name again
+    assert sorted(tmp_path.iterdir()) == [new, other]
+    (tmp_path / "log.txt").touch()
+    backend.remove(str(tmp_path / "log.txt"))
+    assert not (tmp_path / "log.txt").exists()
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        pass
+    for process in (dead.pid, os.getppid()):
+        (tmp_path / f".iter_1.pth.{process}.part").write_bytes(b"half")
+    save_checkpoint(dict(state_dict={}), str(tmp_path / "iter_1.pth"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".iter_1.pth.{os.getppid()}.part", "iter_1.pth"]

@@ -12,7 +12,8 @@ from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from nat_dense.checkpoints import read, runner_files
-from nat_dense.mm.checkpoints import check_work_dir, refuse_pickled_code
+from nat_dense.mm.checkpoints import refuse_pickled_code
+from nat_dense.mm.resuming import check_work_dir
 from nat_dense.models import NAT
 from tests.checkpoints.files import TINY, modules, tiny, write_mm2
 from tests.mm.small import SEGMENTOR, ade_options, load_tool, write_ade

@@ -11,13 +11,9 @@ from mmengine.runner.checkpoint import load_from_http, load_from_local
 from torch import nn
 
 from nat_dense.checkpoints import Checkpoint
-from nat_dense.mm.checkpoints import (
-    DropEmbeddedConfig,
-    check_fits,
-    check_work_dir,
-    latest_checkpoint,
-    refuse_pickled_code,
-)
+from nat_dense.mm.checkpoints import check_classes, check_fits, refuse_pickled_code
+from nat_dense.mm.resuming import GoOnHere, check_work_dir, latest_checkpoint
+from nat_dense.mm.sources import sources_of
 
 
 class Payload:
@@ -97,7 +93,7 @@ def test_an_environment_that_demands_pickles_is_refused(monkeypatch):
 
 def test_config_text_in_a_checkpoint_is_dropped():
     checkpoint = dict(meta=dict(config="import os", epoch=3))
-    DropEmbeddedConfig().after_load_checkpoint(None, checkpoint)
+    GoOnHere().after_load_checkpoint(None, checkpoint)
     assert checkpoint == dict(meta=dict(epoch=3))
 
 
@@ -124,8 +120,11 @@ def test_a_new_run_does_not_overwrite_checkpoints(tmp_path, model):
 
 
 def test_resume_from_the_work_dir(tmp_path, model):
-    (notice,) = check_work_dir(config(tmp_path, resume=True), model)
+    cfg = config(tmp_path, resume=True)
+    (tmp_path / "last_checkpoint").write_text(save(tmp_path.parent / "iter_1.pth", model))  # of another folder
+    (notice,) = check_work_dir(cfg, model)
     assert "Nothing to resume" in notice
+    assert not cfg.resume  # or MMEngine would go on with that one
     last = save(tmp_path / "epoch_1.pth", model)
     (tmp_path / "last_checkpoint").write_text(last)
     assert check_work_dir(config(tmp_path, resume=True), model) == []
@@ -176,7 +175,7 @@ def test_another_configs_checkpoints_are_not_resumed(tmp_path, model):
 
 def test_folders_that_can_not_be_made(tmp_path, model):
     (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError, match=r"work_dir=.*file/below': '.*file' is a file; name a folder\."):
+    with pytest.raises(NotADirectoryError, match=r"work_dir=.*file/below': '.*file' is a file; choose a folder\."):
         check_work_dir(config(tmp_path / "file" / "below"), model)
     cfg = config(tmp_path / "new" / "below")
     cfg.default_hooks = dict(checkpoint=dict(out_dir=str(tmp_path / "file")))
@@ -214,3 +213,47 @@ def test_nothing_to_start_from_is_an_error(tmp_path, model):
     torch.save({"levels.0.weight": torch.zeros(3)}, tmp_path / "backbone.pth")
     with pytest.raises(ValueError, match=r"none of its 1 weights, .* into model.backbone.init_cfg"):
         check_work_dir(config(tmp_path / "new", load_from=str(tmp_path / "backbone.pth")), model)
+
+
+SETTINGS = """
+optim_wrapper = dict(optimizer=dict(lr=0.01, momentum=0.9, type='SGD'), clip_grad=None, type='OptimWrapper')
+param_scheduler = [dict(begin=0, by_epoch=False, end=4, type='LinearLR')]
+train_cfg = dict(max_iters=4, type='IterBasedTrainLoop')
+"""
+
+
+def test_settings_that_a_resumed_run_does_not_take_from_the_config(tmp_path, model):
+    last = save(tmp_path / "iter_4.pth", model, meta=dict(experiment_name="ours", cfg=SETTINGS))
+
+    def resume(text):
+        return check_work_dir(config(tmp_path, resume=True, **Config.fromstring(text, ".py")._cfg_dict), model)
+
+    assert resume(SETTINGS) == []
+    assert resume(SETTINGS.replace("clip_grad=None", "clip_grad=dict(max_norm=1)")) == []
+    assert resume(SETTINGS.replace("max_iters=4", "max_iters=8")) == []
+    rate, end = resume(SETTINGS.replace("0.01", "0.02").replace("end=4", "end=8"))
+    assert rate.startswith("optim_wrapper.optimizer.lr is 0.02 now and was 0.01 in the run that is resumed")
+    assert end.startswith("param_scheduler.0.end is 8 now and was 4")
+    assert f"load_from={last}" in rate
+    with pytest.raises(ValueError, match=r"was trained with SGD, and optim_wrapper.optimizer is AdamW now"):
+        resume(SETTINGS.replace("momentum=0.9, type='SGD'", "type='AdamW'"))
+
+
+def test_classes_of_a_checkpoint(coco):
+    cfg, _ = coco
+    (source,) = sources_of(cfg.test_dataloader.dataset, "test_dataloader.dataset")
+    names = list(source.classes)
+
+    def check(classes, node=cfg.model, key="classes", **options):
+        extras = dict(meta=dict(dataset_meta={key: classes}))
+        return check_classes(node, source, Checkpoint(Path("x.pth"), "torch", {}, extras=extras), **options)
+
+    assert check(tuple(names)) == check(names, key="CLASSES") == check(None) == []
+    permuted = [*names[:3], names[4], names[3], *names[5:]]
+    with pytest.raises(ValueError, match=r"another order of classes .*: number 3 is 'airplane' there and 'motorcycle'"):
+        check(permuted)
+    (note,) = check(permuted, keeps_order=False)
+    assert "another order" in note
+    (note,) = check(["cat", *names[1:]])
+    assert "was trained with other classes than test_dataloader.dataset has: number 0 is 'cat' there" in note
+    assert check(permuted, dict(language_model=dict(type="BertModel"))) == []

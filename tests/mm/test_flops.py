@@ -182,7 +182,7 @@ def test_model_that_can_not_be_built_on_the_meta_device():
         ("mmdet::detr/detr_r50_8xb2-150e_coco.py", [], "DETR has encoder, decoder, query_embedding"),
         ("mmdet::htc/htc_r50_fpn_1x_coco.py", [], "roi_head is a HybridTaskCascadeRoIHead"),
         ("mmdet::fast_rcnn/fast-rcnn_r50_fpn_1x_coco.py", [], "FastRCNN has no rpn_head"),
-        ("mmdet::_base_/datasets/coco_instance.py", [], "the config has no model"),
+        ("mmdet::_base_/datasets/coco_instance.py", [], "coco_instance.py has no model"),
         (DETECTOR, ["--cfg-options", "model.neck.in_channels=[1,2,3,4]"], "neck (FPN) can't be run on shapes alone"),
     ],
 )

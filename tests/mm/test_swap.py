@@ -10,9 +10,9 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 
-from nat_dense.mm import SwapRefusedError, plan_swap, swap_backbone
 from nat_dense.mm.config import load_config
 from nat_dense.mm.meta import build_on_meta
+from nat_dense.mm.swap import SwapRefusedError, plan_swap, swap_backbone
 from nat_dense.mm.swap.changes import ABSENT, Change, as_text, changes_between, differences
 from nat_dense.mm.swap.maps import FeatureMap, choose_stages, measure
 from nat_dense.mm.swap.plan import BACKBONES

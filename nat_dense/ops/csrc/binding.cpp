@@ -22,12 +22,11 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kBiasStride = 32;            // holds 2 * 13 - 1 columns, and all that a Window reads
+constexpr int64_t kBiasStride = 32;            // holds 2 * kLargestKernel - 1 columns, and all that a Window reads
 constexpr int64_t kForwardCache = 512 << 10;   // bytes of packed rows that should stay in a core's second-level cache
 constexpr int64_t kBackwardCache = 1024 << 10;
 constexpr int64_t kFetched = 1 << 20;          // bytes of queries, keys or values, each, that second-level caches hold
 constexpr int64_t kStreamed = 8 << 20;         // bytes of results: with all inputs, what a last-level cache may hold
-constexpr int64_t kLargestKernel = 13;
 constexpr int64_t kLeastProducts = 1 << 18;    // multiply-adds that are worth another thread
 constexpr int64_t kLeastGelus = 1 << 14;
 constexpr double kProductsPerMove = 8;         // multiply-adds in the time that an element takes from memory and back

@@ -8,6 +8,8 @@
 namespace nat_dense {
 namespace {
 
+constexpr int64_t kLargestKernel = 13;
+
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -71,7 +71,7 @@ Tokens<S> tokens_of(const Call& call, const Group& rows, const Item& item, const
 class RowBlock {
  public:
   static constexpr int kMostRows = 4;
-  static constexpr int kMostPlaces = 13 + kMostRows - 1;  // 13: the largest kernel that the binding lets through
+  static constexpr int kMostPlaces = int{kLargestKernel} + kMostRows - 1;
 
   RowBlock(const Group& rows, int64_t begin, int64_t end, int most)
       : begin(begin), count(static_cast<int>(min_of(most, end - begin))), kernel_(rows.kernel) {

@@ -1,0 +1,222 @@
+"""A run that goes on: from which checkpoint, with which settings, and without a loss of what is there."""
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.hooks import CheckpointHook, Hook
+from torch import nn
+
+from nat_dense.checkpoints import Checkpoint, fetch, read
+from nat_dense.files import check_can_be_folder
+from nat_dense.mm.checkpoints import check_classes, check_fits, check_start
+from nat_dense.mm.errors import naming
+from nat_dense.mm.fields import type_name
+from nat_dense.mm.sources import sources_of
+from nat_dense.mm.swap.changes import changes_between
+
+EXPERIMENT_TIME = re.compile(r"_\d{8}_\d{6}$")
+"""MMEngine names an experiment after its config file and the time of its start."""
+
+STEP = re.compile(r"(?:iter|epoch)_(\d+)\.pth")
+"""How MMEngine names the checkpoints of a run."""
+
+
+SAVED = ("optim_wrapper.optimizer", "optim_wrapper.paramwise_cfg", "param_scheduler")
+"""What a resumed run takes from its checkpoint, whatever the config says."""
+
+
+NAMES = {setting.partition(".")[0] for setting in SAVED}
+
+
+class GoOnHere(Hook):
+    """Keeps a resumed run to its own folder, and to data."""
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        """Drops `meta.config`, which MMEngine's own checkpoints don't have, before MMEngine runs it as Python."""
+        checkpoint.get("meta", {}).pop("config", None)
+
+    def before_train(self, runner: Any) -> None:
+        """Looks for the best checkpoint in the folder of this run.
+
+        MMEngine notes its absolute path, and deletes that file when there is a better one: of a folder that was copied,
+        or resumed into another, the original's.
+        """
+        outs = [hook.out_dir for hook in runner.hooks if isinstance(hook, CheckpointHook) and hook.out_dir]
+        folder = Path(outs[0], Path(runner.work_dir).name) if outs else Path(runner.work_dir)
+        noted = runner.message_hub.runtime_info
+        for key in [key for key in noted if key.startswith("best_ckpt")]:
+            path = str(noted[key])
+            if "://" in path:
+                continue
+            if (here := folder / Path(path).name).is_file():
+                noted[key] = str(here)
+            else:
+                del noted[key]
+
+
+def latest_checkpoint(work_dir: str | Path, *, elsewhere: bool = False) -> Path | None:
+    """The checkpoint that a run in this directory goes on from, or None.
+
+    MMEngine notes it in `last_checkpoint`, as an absolute path and after it has deleted an older one: the note can name
+    a file of the directory that this one was copied from, or one that is gone. A file of that name here comes first,
+    then the furthest one here.
+
+    Args:
+        work_dir: the directory.
+        elsewhere: whether the run writes its checkpoints to another directory (`out_dir` of MMEngine's hook).
+    """
+    work_dir = Path(work_dir)
+    note = work_dir / "last_checkpoint"
+    noted = Path(note.read_text().strip()) if note.is_file() else None
+    if noted and (work_dir / noted.name).is_file():
+        return work_dir / noted.name
+    if noted and elsewhere and noted.is_file():
+        return noted
+    steps = {int(found[1]): path for path in work_dir.glob("*.pth") if (found := STEP.fullmatch(path.name))}
+    return steps[max(steps)] if steps else None
+
+
+def check_work_dir(cfg: Config, model: nn.Module, *, trust: bool = False) -> list[str]:
+    """Checks that a training run neither continues another config's run nor overwrites one.
+
+    Args:
+        cfg: the config of the run, with `work_dir`, `resume` and `load_from` set; to resume from the latest checkpoint,
+            `load_from` is set to it.
+        model: the model that the config builds.
+        trust: whether the checkpoint may run code.
+
+    Returns:
+        Sentences for the user, such as that there is nothing to resume, or what of `load_from` is not used.
+
+    Raises:
+        FileNotFoundError: the checkpoint to resume or start from is gone.
+        ValueError: the directory or the checkpoint belongs to another config or model, or a fresh run would overwrite
+            checkpoints.
+    """
+    work_dir, resume, named = Path(cfg.work_dir), cfg.get("resume"), cfg.get("load_from")
+    hook = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
+    for name, folder in (("work_dir", work_dir), ("default_hooks.checkpoint.out_dir", hook.get("out_dir"))):
+        if folder and "://" not in str(folder):
+            with naming(f"{name}={str(folder)!r}"):
+                check_can_be_folder(Path(folder))
+    trained = next(sources_of((cfg.get("train_dataloader") or {}).get("dataset"), "train_dataloader.dataset"), None)
+    present = sorted(path.name for path in work_dir.glob("*.pth"))
+    if not resume:
+        if present:
+            raise ValueError(
+                f"{_holding(work_dir, present)}, that a new run could overwrite. Go on with it (--resume), or choose "
+                "another --work-dir."
+            )
+        if not named:
+            return []
+        checkpoint = read(fetch(named), trust=trust)
+        node = cfg.get("model") or {}
+        return check_start(model, checkpoint) + check_classes(node, trained, checkpoint, keeps_order=False)
+    if named and present and Path(named).resolve().parent != work_dir.resolve():
+        raise ValueError(
+            f"{_holding(work_dir, present)}, that a run resumed from {str(named)!r} could overwrite. Choose another "
+            "--work-dir."
+        )
+    source = named or latest_checkpoint(work_dir, elsewhere=bool(hook.get("out_dir")))
+    if source is None and present:
+        raise ValueError(
+            f"{_holding(work_dir, present)}, but none that says how far it is (iter_N.pth, epoch_N.pth): name it, "
+            "--resume FILE."
+        )
+    if source is None:
+        cfg.resume = False  # or MMEngine would look for itself, also elsewhere
+        return [f"Nothing to resume in {str(work_dir)!r}: training starts from the beginning."]
+    source = cfg.load_from = str(source)
+    checkpoint = read(fetch(source), trust=trust)
+    if not {"meta", "optimizer"} <= set(checkpoint.extras):
+        raise ValueError(
+            f"{source!r} holds weights but no training state to resume; start from it with --cfg-options "
+            f"load_from={source}."
+        )
+    if not named:
+        _check_same_experiment(cfg, checkpoint.extras["meta"].get("experiment_name", ""), source)
+    return [
+        *check_fits(model, checkpoint),
+        *check_classes(cfg.get("model") or {}, trained, checkpoint),
+        *_notes_of_settings(cfg, checkpoint, source),
+        *_notice_of_end(cfg, checkpoint.extras["meta"], source),
+    ]
+
+
+def _notes_of_settings(cfg: Config, checkpoint: Checkpoint, source: str) -> list[str]:
+    """Tells of settings that a resumed run doesn't take from the config.
+
+    Raises:
+        ValueError: the optimizer is another one, whose state can't be taken over.
+    """
+    text = checkpoint.extras["meta"].get("cfg")
+    before = _settings(text) if isinstance(text, str) else {}
+    now = _settings(cfg.pretty_text)
+    optimizers = [(part.get("optim_wrapper") or {}).get("optimizer") or {} for part in (before, now)]
+    kinds = [type_name(optimizer) for optimizer in optimizers]
+    if all(kinds) and kinds[0] != kinds[1]:
+        raise ValueError(
+            f"{source!r} was trained with {kinds[0]}, and optim_wrapper.optimizer is {kinds[1]} now. Resume with the "
+            "config (and --optimizer) that it was trained with, or start from its weights alone: --cfg-options "
+            f"load_from={source}."
+        )
+    changes = [change for change in changes_between(before, now) if change.path.startswith(SAVED)] if before else []
+    return [
+        f"{change.path} is {change.new!r} now and was {change.old!r} in the run that is resumed, which goes on as it "
+        f"was. To train with another, start from the weights: --cfg-options load_from={source}."
+        for change in changes
+    ]
+
+
+def _settings(text: str) -> dict[str, Any]:
+    """What the text of a config, as MMEngine writes it, says of optimizer and schedules; read as data."""
+    try:
+        statements = ast.parse(text).body
+    except SyntaxError:  # not written by MMEngine
+        return {}
+    found: dict[str, Any] = {}
+    for statement in statements:
+        if isinstance(statement, ast.Assign):
+            targets = {target.id for target in statement.targets if isinstance(target, ast.Name)}
+            found |= {name: _value(statement.value) for name in targets & NAMES}
+    return found
+
+
+def _value(node: ast.expr) -> Any:
+    if isinstance(node, ast.Call):  # dict(a=1), which is all that is called there
+        return {keyword.arg: _value(keyword.value) for keyword in node.keywords}
+    if isinstance(node, ast.Dict):
+        return {_value(key): _value(value) for key, value in zip(node.keys, node.values, strict=True) if key}
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_value(element) for element in node.elts]
+    return ast.literal_eval(node)
+
+
+def _notice_of_end(cfg: Config, meta: dict, source: str) -> list[str]:
+    loop = cfg.get("train_cfg") or {}
+    unit, field = ("iter", "max_iters") if "max_iters" in loop else ("epoch", "max_epochs")
+    done, whole = meta.get(unit), loop.get(field)
+    if done is None or whole is None or done < whole:
+        return []
+    end = f"{source!r} is the end of its run ({unit} {done} of {whole})"
+    return [
+        f"{end}: nothing is left to train. With a larger train_cfg.{field} it goes on at the rate at which its "
+        f"schedules ended; a new run can start from its weights: --cfg-options load_from={source}."
+    ]
+
+
+def _holding(work_dir: Path, present: list[str]) -> str:
+    return f"work-dir {str(work_dir)!r} already holds {len(present)} checkpoint(s), such as {present[0]!r}"
+
+
+def _check_same_experiment(cfg: Config, experiment: str, source: str) -> None:
+    found = EXPERIMENT_TIME.sub("", experiment)
+    expected = cfg.get("experiment_name") or Path(cfg.filename or "").stem
+    if found and expected and found != expected:
+        raise ValueError(
+            f"work-dir {cfg.work_dir!r} holds checkpoints of the config {found!r}, not of {expected!r}. Choose another "
+            f"--work-dir, or, to go on with those weights on purpose, name the file: --resume {source}"
+        )
