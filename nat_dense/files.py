@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and never over others unasked."""
+"""Writes files completely or not at all, and overwrites only when asked."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pathlib import Path
 
 @contextmanager
 def atomic(path: str | Path, suffix: str = ".part") -> Iterator[Path]:
-    """A file to write to, which takes the place of `path` when the block ends well and vanishes when it doesn't.
+    """Yields a temporary file that replaces `path` if the block succeeds and is deleted if it fails.
 
     Args:
-        path: The file to be.
-        suffix: Of the file to write to, for readers that ask for one.
+        path: The final file.
+        suffix: Of the temporary file, for readers that need one.
 
     Raises:
         FileNotFoundError: The folder of `path` does not exist.
     """
     path = Path(path)
     check_folder(path)
-    # In the same folder, since a rename is atomic within a file system only.
+    # In the same folder, since a rename is atomic only within a file system.
     part = path.with_name(f".{path.name}.{os.getpid()}{suffix}")
     _remove_left_behind(path, suffix)
     try:
@@ -38,7 +38,7 @@ def atomic(path: str | Path, suffix: str = ".part") -> Iterator[Path]:
 
 
 def _remove_left_behind(path: Path, suffix: str) -> None:
-    """Removes what processes that were killed while they wrote this file have left of it."""
+    """Removes the partial files of processes that were killed while they wrote this file."""
     for part in path.parent.glob(f".{glob.escape(path.name)}.*{suffix}"):
         process = part.name.removesuffix(suffix).rpartition(".")[2]
         if process.isdigit() and not _is_running(int(process)):
@@ -58,41 +58,41 @@ def _is_running(process: int) -> bool:
 
 
 def check_folder(path: Path) -> None:
-    """Raises FileNotFoundError or PermissionError unless there is a folder for `path` that can be written to."""
+    """Raises FileNotFoundError or PermissionError unless the folder of `path` exists and is writable."""
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.parent} to write {path.name} into")
+        raise FileNotFoundError(f"no folder {path.parent}; can't create {path.name}")
     if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"the folder {path.parent} may not be written to, so {path.name} can't be")
+        raise PermissionError(f"no write permission in {path.parent}; can't create {path.name}")
 
 
 def check_free(path: Path, overwrite: bool) -> None:
-    """Raises FileExistsError or IsADirectoryError where there is something that may not be replaced."""
+    """Raises FileExistsError or IsADirectoryError if `path` exists and may not be replaced."""
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; name a file in it")
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file in it")
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; name another, or allow to replace it (overwrite=True, --overwrite)")
+        raise FileExistsError(f"{path} exists; choose another name, or allow overwriting (overwrite=True, --overwrite)")
 
 
 def check_empty_folder(path: Path) -> None:
-    """Checks that a folder can be filled, or created where there is none; creates nothing.
+    """Checks that a folder is empty and writable, or can be created; creates nothing.
 
     Raises:
-        FileExistsError: there is a file, or a folder that holds something.
-        PermissionError: it may not be written to, or not be created.
+        FileExistsError: it is a file, or a folder that is not empty.
+        PermissionError: it can't be written to or created.
     """
     if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} is a file; name a folder, or none that exists")
+        raise FileExistsError(f"{path} is a file; give a folder that is empty or doesn't exist yet")
     if path.is_dir() and any(path.iterdir()):
-        raise FileExistsError(f"the folder {path} is not empty, and nothing is overwritten; name another")
+        raise FileExistsError(f"the folder {path} is not empty, and nothing is overwritten; choose another")
     check_can_be_folder(path)
 
 
 def check_can_be_folder(path: Path) -> None:
-    """Checks that there is a folder that can be written to, or that it can be made; creates nothing.
+    """Checks that a folder is writable, or can be created; creates nothing.
 
     Raises:
-        NotADirectoryError: it, or one that it would lie in, is a file.
-        PermissionError: it, or the first that it would lie in, may not be written to.
+        NotADirectoryError: it, or a parent, is a file.
+        PermissionError: it, or the nearest parent that exists, is not writable.
     """
     nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not nearest.is_dir():

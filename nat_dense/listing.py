@@ -1,4 +1,4 @@
-"""Names in a message: the first ones, and how many more there are."""
+"""Lists names in a message: the first few, and how many more there are."""
 
 from collections.abc import Iterable
 
@@ -7,9 +7,9 @@ def listing(names: Iterable[str], most: int = 5, between: str = ", ") -> str:
     """The first names as text, such as "a, b, and 3 more".
 
     Args:
-        names: Of anything.
-        most: So many are shown.
-        between: What stands between two of them.
+        names: The names to list.
+        most: How many to show.
+        between: The separator.
     """
     names = list(names)
     more = [f"and {len(names) - most} more"] if len(names) > most else []

@@ -1,10 +1,10 @@
-"""Writes any NAT, DiNAT or DiNAT_s checkpoint as another kind of checkpoint.
+"""Converts any NAT, DiNAT or DiNAT_s checkpoint to another kind of checkpoint.
 
     python tools/convert_checkpoint.py maskrcnn_dinat_tiny.pth backbone.safetensors --to dense
     python tools/convert_checkpoint.py nat-tiny nat-tiny-hf --to hf --model-type nat
     python tools/convert_checkpoint.py upernet_dinat_tiny.pth upernet.pth --to mm
 
-OUT ends in .safetensors, .pth, .pt or .bin; with `--to hf` it may be a folder, which then gets the config as well.
+OUT ends in .safetensors, .pth, .pt or .bin; with `--to hf` it may be a folder, into which the config is written too.
 """
 
 import argparse
@@ -22,11 +22,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_reading_options(parser)
     parser.add_argument("target", metavar="OUT")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    parser.add_argument("--to", required=True, choices=KINDS, help="what OUT is to be")
+    parser.add_argument("--to", required=True, choices=KINDS, help="kind of checkpoint to write")
     parser.add_argument(
-        "--model-type", choices=["nat", "dinat"], help="with --to hf: which one, the weights don't tell"
+        "--model-type", choices=["nat", "dinat"], help="with --to hf: the weights don't say which they are"
     )
-    parser.add_argument("--dilations", choices=DILATIONS["DiNAT"], help="with --to hf, a folder and a DiNAT")
+    parser.add_argument("--dilations", choices=DILATIONS["DiNAT"], help="with --to hf, for a DiNAT written to a folder")
     parser.add_argument("--kernel-size", type=int, metavar="K", help="resize the position biases to this kernel")
     return parser.parse_args(argv)
 

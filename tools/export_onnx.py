@@ -3,8 +3,8 @@
     python tools/export_onnx.py CONFIG CHECKPOINT -o nat.onnx --shape 512 512
     python tools/export_onnx.py CONFIG CHECKPOINT -o nat.onnx --shape 800 1216 --dynamic
 
-A segmentor gives logits of the image's size, a detector the maps of its neck; `--part` takes less. docs/onnx.md says
-what the file expects.
+A segmentor is exported with its logits at image size, a detector up to the maps of its neck; `--part` ends earlier.
+docs/onnx.md describes the file's input.
 """
 
 import argparse
@@ -31,10 +31,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=int,
         required=True,
         metavar=("H", "W"),
-        help="height and width of the image in pixels; with --dynamic those that the file is checked at",
+        help="height and width of the image in pixels; with --dynamic, only the size for the check",
     )
     parser.add_argument("--dynamic", action="store_true", help="leave batch, height and width open")
-    parser.add_argument("--part", choices=PARTS, help="where the graph ends (default: as late as can be exported)")
+    parser.add_argument("--part", choices=PARTS, help="where the graph ends (default: as late as possible)")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
     parser.add_argument(
         "--cfg-options", nargs="+", action=KeyValues, default={}, metavar="KEY=VALUE", help="changes to the config"

@@ -27,7 +27,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=int,
         required=True,
         metavar=("H", "W"),
-        help="height and width in pixels of the image that reaches the backbone (800 1280 and 512 2048 are customary)",
+        help="height and width in pixels of the backbone's input image (usually 800 1280 or 512 2048)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write exact numbers, by part and kind of operation")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")

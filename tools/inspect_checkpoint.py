@@ -1,4 +1,4 @@
-"""Tells what a checkpoint is: format, model, preset, dilations, and what a dense backbone would not take from it.
+"""Reports what a checkpoint is: format, model, preset, dilations, and what a dense backbone would not use of it.
 
 python tools/inspect_checkpoint.py maskrcnn_dinat_tiny.pth
 """

@@ -1,7 +1,7 @@
 """Counts the 34 published detectors and segmentors and writes the table of docs/flops.md.
 
-python tools/published_costs.py            shows the table
-python tools/published_costs.py --write    puts it into docs/flops.md
+python tools/published_costs.py            prints the table
+python tools/published_costs.py --write    writes it to docs/flops.md
 """
 
 import argparse
@@ -60,7 +60,7 @@ def with_table(document: str, table: str) -> str:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the table into docs/flops.md instead of showing it")
+    parser.add_argument("--write", action="store_true", help="write the table to docs/flops.md instead of printing it")
     return parser.parse_args(argv)
 
 

@@ -1,9 +1,9 @@
-"""Trains a small NAT Mask R-CNN and a small DiNAT UPerNet on generated pictures and shows what they see.
+"""Trains a small NAT Mask R-CNN and a small DiNAT UPerNet on generated images and shows their predictions.
 
 python tools/quickstart.py
 
-leaves checkpoints, logs, curves, pictures and report.html in work_dirs/quickstart. Run again, it uses what is finished
-and goes on with what is not; what was made with other settings is kept under another name.
+writes checkpoints, logs, curves, pictures and report.html to work_dirs/quickstart. A second run reuses what is finished
+and resumes what is not; results of other settings are renamed, not overwritten.
 """
 
 import argparse
@@ -17,13 +17,13 @@ from nat_dense.mm.errors import one_line_errors
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     defaults = ShapesOptions()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/quickstart"), help="where everything goes")
-    parser.add_argument("--data", type=Path, default=Path("data/shapes"), help="where the pictures are, or will be")
-    parser.add_argument("--train", type=int, default=defaults.train, help="training pictures")
-    parser.add_argument("--val", type=int, default=defaults.val, help="validation pictures")
-    parser.add_argument("--size", type=int, default=defaults.size, help="side of a picture in pixels")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the pictures")
-    parser.add_argument("--budget", type=float, default=1.0, help="length of the trainings, relative to the configs")
+    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/quickstart"), help="output folder")
+    parser.add_argument("--data", type=Path, default=Path("data/shapes"), help="where the images are, or are generated")
+    parser.add_argument("--train", type=int, default=defaults.train, help="number of training images")
+    parser.add_argument("--val", type=int, default=defaults.val, help="number of validation images")
+    parser.add_argument("--size", type=int, default=defaults.size, help="side of an image in pixels")
+    parser.add_argument("--seed", type=int, default=0, help="random seed for the weights and the order of the images")
+    parser.add_argument("--budget", type=float, default=1.0, help="training length relative to the configs")
     return parser.parse_args(argv)
 
 

@@ -1,4 +1,4 @@
-"""Puts a NAT, DiNAT or DiNAT_s under the model of a config and writes the result as a config.
+"""Replaces the backbone of a config's model with a NAT, DiNAT or DiNAT_s and writes the result as a config.
 
 python tools/swap_backbone.py mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py --backbone nat-tiny -o mask-rcnn_nat-tiny.py
 """
@@ -19,7 +19,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("-o", "--out", required=True, type=Path, metavar="FILE", help="the config to write")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
     parser.add_argument(
-        "--inherit", action="store_true", help="write only what differs, with the old config as its _base_"
+        "--inherit", action="store_true", help="write only the differences, with the old config as _base_"
     )
     parser.add_argument(
         "--cfg-options", nargs="+", action=KeyValues, default={}, metavar="KEY=VALUE", help="more changes"

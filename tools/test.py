@@ -1,7 +1,6 @@
 """Evaluates a checkpoint of a detector (mAP) or a segmentor (mIoU).
 
-python tools/test.py configs/upernet/nat-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py work_dirs/.../iter_160000.pth
---tta
+python tools/test.py configs/upernet/nat-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py CHECKPOINT --tta
 """
 
 import argparse

@@ -27,16 +27,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="?",
         const="auto",
         metavar="CHECKPOINT",
-        help="go on from this checkpoint, or without a value from the latest of the work-dir",
+        help="resume from this checkpoint, or without a value from the latest one in the work-dir",
     )
     parser.add_argument("--amp", action="store_true", help="mixed precision (needs an accelerator)")
     parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the batch size")
     parser.add_argument(
         "--seed", type=int, help="random seed (default: the config's, else a random one, which is logged)"
     )
-    parser.add_argument(
-        "--deterministic", action="store_true", help="deterministic kernels where there are any; slower"
-    )
+    parser.add_argument("--deterministic", action="store_true", help="deterministic kernels where available; slower")
     parser.add_argument(
         "--cfg-options", nargs="+", action=KeyValues, default={}, metavar="KEY=VALUE", help="changes to the config"
     )

@@ -1,7 +1,7 @@
-"""Checkpoints: whatever NAT, DiNAT or DiNAT_s file there is goes in, safely, with every tensor accounted for.
+"""Checkpoints: loads any NAT, DiNAT or DiNAT_s file safely, with every tensor accounted for.
 
-Start with `loading.py` (the door), then `reading.py` (files), `layout.py` (what is it), `matching.py` (what goes
-where, and the rules by which a tensor may be absent) and `keymaps.py` (transformers' names).
+Start with `loading.py` (the entry point), then `reading.py` (files), `layout.py` (what a file holds), `matching.py`
+(what goes where, and the rules by which a tensor may be absent) and `keymaps.py` (transformers' names).
 """
 
 from nat_dense.checkpoints.convert import convert

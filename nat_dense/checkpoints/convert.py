@@ -1,4 +1,4 @@
-"""From any checkpoint to a file of one chosen kind, with every tensor checked against the model that it is for."""
+"""Converts any checkpoint to a chosen kind of file, with every tensor checked against the target model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def convert(
     entry: str | None = None,
     overwrite: bool = False,
 ) -> Report:
-    """Writes a checkpoint as another kind of checkpoint; values are not changed, unless `kernel_size` asks for it.
+    """Converts a checkpoint to another kind. Values are not changed, unless `kernel_size` requests it.
 
     Args:
         source: As in `load`.
@@ -48,10 +48,9 @@ def convert(
             config that transformers needs.
         to: "dense" is a backbone under the original's names, "classification" a backbone with its classifier,
             "hf" a transformers model or backbone, "mm" a file for mm's `load_from` or `tools/test.py`.
-        model_type: With to="hf", whether it is a "nat" or "dinat", which the weights don't tell, but the config beside
-            them, where there is one.
-        dilations: With to="hf" and "dinat", the preset of `variants.DILATIONS` for the config, likewise.
-        kernel_size: Of the result, if another one than the file's.
+        model_type: With to="hf", "nat" or "dinat". The weights don't say which; a config stored with them does.
+        dilations: With to="hf" and "dinat", the preset of `variants.DILATIONS` for the config; likewise.
+        kernel_size: Of the result, if it differs from the file's.
         prefix, trust, sha256, entry: As in `load`.
         overwrite: Whether an existing file may be replaced.
 
@@ -61,8 +60,8 @@ def convert(
     Raises:
         FileExistsError: There is a file already and `overwrite` is False.
         FileNotFoundError: There is no such file, or no folder to write into.
-        ValueError: The file is refused as in `load`, can't be what is asked for, or would
-            be replaced by less.
+        ValueError: The file is refused as in `load`, can't be converted to this kind, or would be overwritten with
+            less than it holds.
     """
     if model_type is not None and to != "hf":
         raise ValueError(f"model_type={model_type!r} (--model-type) is for to='hf', not to={to!r}")
@@ -90,14 +89,14 @@ def convert(
     elif to == "mm":
         tensors = _with_heads(found, layout)
     if dilations is not None and not (folder and model_type == "dinat"):
-        raise ValueError("dilations (--dilations) are for the config of a DiNAT, which goes with a folder and to='hf'")
+        raise ValueError("dilations (--dilations) only apply to a DiNAT written to a folder with to='hf'")
     lost = [*found.left_out, *map(str, checkpoint.extras)]
     written = (target, target / "model.safetensors", target / "config.json") if folder else (target,)
     read = local(source)
     if lost and read and any(path.exists() and path.samefile(read) for path in written):
         raise ValueError(
-            f"{target} is what is read, and {len(lost)} of its parts, such as {lost[0]!r}, are none of its new form: "
-            "they would be lost. Name another file"
+            f"writing to {target} would overwrite the input and lose {len(lost)} entries that the new format doesn't "
+            f"keep, such as {lost[0]!r}; choose another output"
         )
     if folder:
         known = dilations if dilations or origin is None else origin.dilations
@@ -133,7 +132,7 @@ def _check_target(target: Path, to: str, overwrite: bool) -> bool:
 
 
 def _with_heads(found: Match, layout: Layout) -> dict[str, Tensor]:
-    """A detector's or segmentor's tensors, whose backbone has been matched; takes the others out of `left_out`."""
+    """A detector's or segmentor's tensors, whose backbone has been matched; removes the rest from `left_out`."""
     tensors = {f"backbone.{name}": value for name, value in found.sources.items()}
     if layout.prefix != "backbone.":
         return tensors
@@ -151,7 +150,7 @@ def _skeleton(architecture: Architecture, head: bool, kernel_size: int | None) -
     for name in ("embed_dim", "depths", "num_heads", "mlp_ratio", "kernel_size", "in_chans"):
         value = getattr(architecture, name)
         if value is None or value == () or (isinstance(value, tuple) and None in value):
-            raise ValueError(f"tensors are missing: those that are there don't tell {name}")
+            raise ValueError(f"tensors are missing: {name} can't be determined from the others")
         fields[name] = value
     fields |= dict(layer_scale=float(architecture.layer_scale), qkv_bias=architecture.qkv_bias)
     fields["kernel_size"] = kernel_size or fields["kernel_size"]
@@ -181,10 +180,11 @@ def _model_type(
     own: ModelType | None = "nat" if stored == "nat" else "dinat" if stored == "dinat" else None
     if given and own and given != own:
         raise ValueError(
-            f"{source} holds a {own}, and a {given} has other dilations: name its own model type (--model-type {own})"
+            f"{source} holds a {own}, and a {given} has different dilations: choose its own model type "
+            f"(--model-type {own})"
         )
     if needed and given is None and own is None:
-        raise ValueError("the weights don't tell NAT from DiNAT: name the model type (--model-type nat or dinat)")
+        raise ValueError("the weights don't tell NAT from DiNAT: choose the model type (--model-type nat or dinat)")
     return given or own
 
 
@@ -206,7 +206,7 @@ def _hf_config(
     )
     if model_type == "dinat":
         if dilations is None:
-            raise ValueError("the weights don't tell the dilations: name a preset (--dilations classification)")
+            raise ValueError("the weights don't contain the dilations: choose a preset (--dilations classification)")
         config["dilations"] = [list(row) for row in resolve_dilations("DiNAT", dilations, architecture.depths)]
     if architecture.num_classes is not None:
         labels = range(architecture.num_classes)

@@ -1,6 +1,6 @@
-"""Fetching checkpoints that a user names by URL or published name; nothing else ever goes to the network.
+"""Downloads checkpoints given by URL or published name; nothing else uses the network.
 
-Files land in a cache, a partial download is resumed, and a file gets its final name only when it is complete.
+Files go to a cache, partial downloads are resumed, and a file gets its final name only when it is complete.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CHUNK = 1 << 20
 TIMEOUT = 30.0
 """Seconds without a byte after which a connection counts as lost."""
 ATTEMPTS = 4
-"""Connections that one call makes before it gives up; the next call goes on where the last one ended."""
+"""Connections that one call makes before giving up; the next call continues where the last one ended."""
 
 
 def cache_dir() -> Path:
@@ -41,13 +41,13 @@ def fetch(source: str | Path, *, sha256: str | None = None) -> Path:
 
     Args:
         source: An existing file or folder, an http(s) URL, or a key of `names.URLS`.
-        sha256: The expected SHA-256 or its first 8 digits or more. A name that ends in "-" and such digits, as
-            `model-1a2b3c4d.pth`, has its own.
+        sha256: The expected SHA-256 or its first 8 digits or more. A name that ends in "-" and such digits, as in
+            `model-1a2b3c4d.pth`, gives its own.
 
     Raises:
         FileNotFoundError: There is no such file, name or address.
         ValueError: What arrived is not what was expected; it is deleted.
-        ConnectionError: The server can't be reached or keeps breaking off; a later call resumes.
+        ConnectionError: The server can't be reached or keeps dropping the connection; a later call resumes.
     """
     text = str(source)
     check_source(text)
@@ -55,24 +55,24 @@ def fetch(source: str | Path, *, sha256: str | None = None) -> Path:
 
 
 def local(source: str | Path) -> Path | None:
-    """The file or folder of this machine that a source names, "~" included; None where there is none."""
+    """The local file or folder that a source refers to ("~" is expanded), or None."""
     path = Path(source)
     if not path.exists() and str(source).startswith("~"):
         try:
             path = path.expanduser()
-        except RuntimeError:  # a user that there is not
+        except RuntimeError:  # no such user
             return None
     return path if path.exists() else None
 
 
 def check_source(source: str | Path) -> None:
-    """Raises FileNotFoundError where `fetch` would find no such file, name or kind of address; loads nothing."""
+    """Raises FileNotFoundError if `fetch` would find no such file, name or kind of URL; downloads nothing."""
     text = str(source)
     if local(text) or text in URLS or re.match(r"https?://", text):
         return
     close = get_close_matches(text, URLS, n=3)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
-    raise FileNotFoundError(f"no checkpoint {text!r}: neither a file nor a published name nor an http(s) URL.{hint}")
+    raise FileNotFoundError(f"no checkpoint {text!r}: neither a file, a published name nor an http(s) URL.{hint}")
 
 
 def _download(url: str, sha256: str | None) -> Path:
@@ -98,7 +98,7 @@ def _download(url: str, sha256: str | None) -> Path:
 
 
 def _complete(url: str, partial: Path) -> None:
-    """Downloads the rest of a file, however often the connection breaks off."""
+    """Downloads the rest of a file, in up to `ATTEMPTS` connections."""
     reason = ""
     for attempt in range(ATTEMPTS):
         if attempt:
@@ -110,11 +110,11 @@ def _complete(url: str, partial: Path) -> None:
             if error.code == 416:  # what is there is longer than the server's file
                 partial.unlink(missing_ok=True)
             elif error.code < 500:
-                raise FileNotFoundError(f"{url}: the server answers {error.code} {error.reason}") from error
+                raise FileNotFoundError(f"{url}: the server returned {error.code} {error.reason}") from error
             reason = f"{error.code} {error.reason}"
         except (OSError, HTTPException) as error:
             reason = str(getattr(error, "reason", error)) or type(error).__name__
-    kept = f". {partial.stat().st_size:,} bytes are kept; the same command resumes there" if partial.exists() else ""
+    kept = f". {partial.stat().st_size:,} bytes are kept; run the command again to resume" if partial.exists() else ""
     raise ConnectionError(f"{url}: {reason}{kept}")
 
 
@@ -141,12 +141,12 @@ def _receive(url: str, partial: Path) -> None:
             _copy(response, file, start, total, url)
     size = partial.stat().st_size
     if total is not None and size != total:
-        raise ConnectionError(f"the connection broke off after {size:,} of {total:,} bytes")
+        raise ConnectionError(f"the connection was lost after {size:,} of {total:,} bytes")
     tag.unlink(missing_ok=True)
 
 
 def _copy(response: HTTPResponse, file: BinaryIO, start: int, total: int | None, url: str) -> None:
-    """Copies the rest of a file, and shows how far it is where its length is known."""
+    """Copies the rest of a file, and shows the progress if its length is known."""
     line = None if total is None else ProgressLine(f"MiB of {url}", -(-total // CHUNK), start // CHUNK)
     while chunk := response.read(CHUNK):
         file.write(chunk)

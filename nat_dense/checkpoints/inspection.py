@@ -19,7 +19,7 @@ def inspect(
     sha256: str | None = None,
     entry: str | None = None,
 ) -> str:
-    """Describes a checkpoint: format, model, preset, dilations, and what would be lost in a dense backbone.
+    """Describes a checkpoint: format, model, preset, dilations, and what a dense backbone would not use.
 
     Arguments and errors are those of `load`.
     """
@@ -39,12 +39,12 @@ def inspect(
     ]
     if backbone.num_classes is not None:
         lines.append(f"  classes       {backbone.num_classes}")
-    lines.append(f"  output norms  {', '.join(f'norm{i}' for i in backbone.norms) or 'none: they start fresh'}")
+    lines.append(f"  output norms  {', '.join(f'norm{i}' for i in backbone.norms) or 'none: the model keeps its own'}")
     lines.append(f"  not in a dense backbone: {_lost(layout) or 'nothing'}")
     if layout.unwrapped:
         lines.append(f"  every name starts with {layout.unwrapped!r}, which is ignored")
     if checkpoint.extras:
-        lines.append(f"  beside the weights: {', '.join(map(str, checkpoint.extras))}")
+        lines.append(f"  other entries: {', '.join(map(str, checkpoint.extras))}")
     return "\n".join(lines)
 
 
@@ -60,16 +60,16 @@ def _fields(a: Architecture) -> str:
 
 def _presets(a: Architecture) -> str:
     rows = a.presets()
-    return " or ".join(f"{family} arch={arch!r}" for family, arch in rows) if rows else "none of the published ones"
+    return " or ".join(f"{family} arch={arch!r}" for family, arch in rows) if rows else "no published one"
 
 
 def _dilations(a: Architecture, origin: Origin | None) -> str:
     if origin:
-        return f"{origin.dilations or 'none'}: the config beside the weights has a {origin.family}"
+        return f"{origin.dilations or 'none'}: the config stored with the weights has a {origin.family}"
     families = ("DiNAT",) if a.family == "NAT" else (a.family,)
     names = ", ".join(DILATIONS[families[0]])
     undilated = "none for NAT, " if a.family == "NAT" else ""
-    return f"not stored: {undilated}for {families[0]} one of {names}, as the weights were trained"
+    return f"not stored: {undilated}for {families[0]} one of {names}, depending on the training"
 
 
 def _lost(layout: Layout) -> str:

@@ -1,9 +1,9 @@
-"""Names of the same tensors in the original's files and in transformers', as pure functions of dicts.
+"""Maps tensor names between the original files and transformers, as pure functions of dicts.
 
 The original's names are ours. They cover classification (`norm`, `head`) and dense models (`norm0` ... `norm3`), so
-one function maps either. transformers has NAT and DiNAT, not DiNAT_s; it splits what the original fuses (query, key
-and value) and stacks what the original splits (the two layer scales). Nothing is ever dropped here: a name that is in
-no table comes out as it went in, for whoever loads the result to judge.
+one function maps both. transformers has NAT and DiNAT, not DiNAT_s; it splits what the original fuses (query, key
+and value) and stacks what the original splits (the two layer scales). Nothing is dropped here: a name that is in no
+table comes out unchanged, and the loader decides what to do with it.
 
 Source: transformers 4.25 - 4.57 (models nat and dinat) and SHI-Labs/Neighborhood-Attention-Transformer at d334f5b.
 """
@@ -83,7 +83,7 @@ def to_hf(state: Mapping[str, Tensor], model_type: ModelType | None = None) -> d
 
     Args:
         state: By the original's names: a dense backbone's, or a classifier's.
-        model_type: For a `*ForImageClassification`, whose names start with it; None for `*Model` and `*Backbone`.
+        model_type: The name prefix of a `*ForImageClassification`; None for `*Model` and `*Backbone`.
     """
     result: dict[str, Tensor] = {}
     for name, value in state.items():

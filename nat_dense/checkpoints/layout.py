@@ -1,4 +1,4 @@
-"""What a set of tensors is: whose names, where in them the backbone lies, and which architecture it has."""
+"""Recognises a set of tensors: the naming scheme, where the backbone is, and which architecture it has."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nat_dense.models import variants
 Scheme = Literal["original", "transformers"]
 
 WRAPPERS = ("module.", "_orig_mod.")
-"""What DistributedDataParallel, averaged models and torch.compile put before every name."""
+"""Prefixes that DistributedDataParallel, averaged models and torch.compile put before every name."""
 
 _ORIGINAL = re.compile(r"((?:.*\.)?)(levels|layers)\.\d+\.blocks\.\d+\.attn\.rpb")
 _TRANSFORMERS = re.compile(r"((?:.*\.)?)encoder\.levels\.\d+\.layers\.\d+\.attention\.self\.rpb")
@@ -29,7 +29,7 @@ _STRANGERS = (
     (r"(^|\.)stages\.\d+\.(blocks\.)?\d+\.(gamma|depthwise_conv|dwconv|conv_dw)", "a ConvNeXt"),
     (
         r"(^|\.)(levels|layers)\.\d+\.blocks\.\d+\.attn\.qkv\.weight$",
-        "a NAT trained without relative position biases, as NATTEN from 0.20 on has it, or not a NAT",
+        "a NAT trained without relative position biases (as with NATTEN 0.20 and newer), or not a NAT",
     ),
     (r"^(exp_avg|step|momentum_buffer)", "an optimizer's state"),
 )
@@ -37,7 +37,7 @@ _STRANGERS = (
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the shapes of a backbone's tensors tell; None or short where tensors are missing.
+    """What the shapes of a backbone's tensors reveal; None or short where tensors are missing.
 
     `family` is "NAT" for DiNAT as well: dilations add no weights. `norms` are the stages with an output norm,
     `num_classes` counts the classifier's outputs.
@@ -56,12 +56,12 @@ class Architecture:
     num_classes: int | None
 
     def presets(self) -> list[tuple[str, str]]:
-        """The (family, arch) rows of the published table that have this architecture."""
+        """The (family, arch) rows of the published table with this architecture."""
         families = ("NAT", "DiNAT") if self.family == "NAT" else (self.family,)
         return [(f, name) for f in families for name, row in variants.VARIANTS[f].items() if self._is(row)]
 
     def differences(self, model: Architecture) -> list[str]:
-        """How this one, of a file, differs from a model's, in words; output norms and classes aside."""
+        """How this architecture, from a file, differs from a model's, in words; ignores output norms and classes."""
         if self.family != model.family:
             of = {"NAT": "NAT or DiNAT", "DiNAT_s": "DiNAT_s"}
             return [f"{of[self.family]} weights, {of[model.family]} model"]
@@ -79,11 +79,11 @@ class Layout:
     """Where a file keeps its backbone.
 
     Attributes:
-        scheme: Whose names the backbone's tensors have.
-        prefix: What stands before the backbone's names, such as "backbone."; "" where it is the whole file.
-        backbone: The backbone's tensors under the original's names, a classifier's `norm` and `head` among them.
+        scheme: The naming scheme of the backbone's tensors.
+        prefix: The prefix of the backbone's names, such as "backbone."; "" if it is the whole file.
+        backbone: The backbone's tensors under the original's names, including a classifier's `norm` and `head`.
         others: The tensors outside the backbone, under the file's names without wrappers.
-        unwrapped: What stood before all names, such as "module.".
+        unwrapped: The prefix stripped from all names, such as "module.".
     """
 
     scheme: Scheme
@@ -125,10 +125,10 @@ def recognise(tensors: Mapping[str, Tensor], prefix: str | None = None) -> Layou
         raise ValueError(f"no NAT, DiNAT or DiNAT_s among {len(tensors)} tensors: {_guess(tensors)}")
     places = ", ".join(map(repr, sorted(found)))
     if prefix is None and len(found) > 1:
-        raise ValueError(f"{len(found)} backbones in one file, under {places}; name one with prefix=...")
+        raise ValueError(f"{len(found)} backbones in one file, under {places}; choose one with prefix=...")
     prefix = next(iter(found)) if prefix is None else prefix and f"{prefix.removesuffix('.')}."
     if prefix not in found:
-        raise ValueError(f"no backbone under prefix={prefix!r}; there is one under {places}")
+        raise ValueError(f"no backbone under prefix={prefix!r}; the file has one under {places}")
     scheme = found[prefix]
     # transformers puts its classifier beside the model, not inside.
     inside = {n: t for n, t in tensors.items() if n.startswith(prefix) or (scheme, prefix) == ("transformers", "")}
@@ -142,7 +142,7 @@ def recognise(tensors: Mapping[str, Tensor], prefix: str | None = None) -> Layou
 
 
 def find_backbones(names: Iterable[str]) -> dict[str, Scheme]:
-    """What stands before the names of each backbone, such as "backbone.", and whose names they are."""
+    """The prefix of each backbone's names, such as "backbone.", and its naming scheme."""
     found: dict[str, Scheme] = {}
     for name in names:
         if match := _ORIGINAL.fullmatch(name):
@@ -153,11 +153,11 @@ def find_backbones(names: Iterable[str]) -> dict[str, Scheme]:
 
 
 def part_of(tensors: Mapping[str, Tensor], prefix: str) -> Layout:
-    """A part of a file that is no backbone, such as a neck, laid out like one.
+    """A part of a file that is not a backbone, such as a neck, as a layout like a backbone's.
 
     Args:
         tensors: Under the file's names.
-        prefix: What stands before the part's names, such as "neck", with or without the last dot.
+        prefix: The prefix of the part's names, such as "neck", with or without the last dot.
 
     Raises:
         ValueError: No name starts with it.
@@ -167,15 +167,15 @@ def part_of(tensors: Mapping[str, Tensor], prefix: str) -> Layout:
     part = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     if not part:
         parts = ", ".join(repr(name) for name in sorted({name.split(".")[0] for name in tensors}))
-        raise ValueError(f"nothing under prefix={prefix!r}; there is {parts}")
+        raise ValueError(f"nothing under prefix={prefix!r}; the file has {parts}")
     others = {name: value for name, value in tensors.items() if not name.startswith(prefix)}
     return Layout("original", prefix, part, others, unwrapped)
 
 
 def unwrap(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """Takes `WRAPPERS` off names that all have them; returns the rest and what was taken off.
+    """Strips `WRAPPERS` if all names have them; returns the tensors and what was stripped.
 
-    Averaged models keep a bare counter (`steps`, `n_averaged`) beside the wrapped names, which goes as well.
+    Averaged models keep a bare counter (`steps`, `n_averaged`) beside the wrapped names, which is dropped too.
     """
     result, unwrapped = dict(tensors), ""
     while True:
@@ -188,7 +188,7 @@ def unwrap(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
 
 
 def architecture_of(backbone: Mapping[str, Tensor]) -> Architecture:
-    """Reads the architecture off a backbone's tensors under the original's names, whole or with gaps."""
+    """Infers the architecture from a backbone's tensors under the original's names; some may be missing."""
     stages = next((match[2] for name in backbone if (match := _ORIGINAL.fullmatch(name))), "levels")
     blocks = _blocks(backbone, stages)
     depths = tuple(max(blocks[i]) + 1 if i in blocks else 0 for i in range(max(blocks, default=-1) + 1))
@@ -220,12 +220,12 @@ def architecture_of(backbone: Mapping[str, Tensor]) -> Architecture:
 
 
 def _mlp_ratio(backbone: Mapping[str, Tensor], stages: str, count: int) -> float | None:
-    """A ratio that gives the hidden channels of every stage, each of which is rounded down."""
+    """A ratio that gives every stage's hidden channels, which are rounded down."""
     names = (f"{stages}.{i}.blocks.0.mlp.fc1.weight" for i in range(count))
     shapes = [backbone[name].shape for name in names if name in backbone and backbone[name].dim() == 2]
     if not shapes:
         return None
-    hidden, dim = max(shapes)  # the widest stage says it most precisely
+    hidden, dim = max(shapes)  # the widest stage gives it most precisely
     exact = hidden / dim
     return exact if all(int(d * exact) == h for h, d in shapes) else (hidden + 0.5) / dim
 

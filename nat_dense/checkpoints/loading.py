@@ -1,4 +1,4 @@
-"""The one door through which weights get into a model."""
+"""The only entry point for loading weights into a model."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from nat_dense.models.backbone import NeighborhoodBackbone
 
 @dataclass(frozen=True)
 class Report:
-    """Where every tensor of a file and of a model went. `str(report)` says it in words.
+    """Where every tensor of a file and of a model went. `str(report)` describes it in words.
 
     Attributes:
         source: The file.
         kind: What it is, in words.
         used: The model's tensors that came from the file.
-        converted: Those of them that were changed on the way, and how.
+        converted: Which of those were changed on the way, and how.
         absent: The model's tensors that the file lacks: name to rule.
         left_out: The file's tensors that the model lacks: name to rule.
         extras: The file's other entries, such as "optimizer", which are not weights.
@@ -64,32 +64,32 @@ def load(
     sha256: str | None = None,
     entry: str | None = None,
 ) -> Report:
-    """Loads any NAT, DiNAT or DiNAT_s checkpoint into a model: all of it, or an error and the model as it was.
+    """Loads any NAT, DiNAT or DiNAT_s checkpoint into a model completely, or raises and leaves the model unchanged.
 
     Args:
         model: A backbone, a classifier, a whole detector or segmentor with one of our backbones, or another part of
-            such a one, as its neck.
+            one, such as its neck.
         source: A file, a folder that transformers wrote, a URL, or a published name (`names.URLS`).
-        prefix: Which backbone, where the file has several, such as "teacher.backbone", or which other part, such as
+        prefix: Which backbone, if the file has several, such as "teacher.backbone", or which other part, such as
             "neck".
-        resize_rpb: Whether position biases of another kernel size are interpolated.
+        resize_rpb: Whether position biases of a different kernel size are interpolated.
         replace_head: Whether a classifier keeps its own head instead of the file's.
-        trust: Whether to run code that the file may bring along.
+        trust: Whether to run code that the file may contain.
         sha256: The file's expected hash.
-        entry: Which entry of the file holds the weights, where several do, such as "state_dict_ema".
+        entry: Which entry of the file holds the weights, if several do, such as "state_dict_ema".
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file can't be read as data, holds another model, or a tensor is missing, not known, of another
-            shape or not finite.
+        ValueError: The file can't be read as data or holds a different model, or a tensor is missing, unknown, not
+            finite or of a different shape.
     """
     model = _unwrapped(model)
     paths = backbone_paths(model)
     if len(paths) > 1 or not (paths or prefix):
         raise ValueError(
-            f"{type(model).__name__} has {len(paths)} NAT, DiNAT or DiNAT_s backbones; expected one. Where there "
-            "are several, give each an init_cfg of its own; another part of a model needs its prefix in the file, such "
-            "as prefix='neck'"
+            f"{type(model).__name__} has {len(paths)} NAT, DiNAT or DiNAT_s backbones; expected one. If there "
+            "are several, give each its own init_cfg; any other part of a model needs its prefix in the file, such as "
+            "prefix='neck'"
         )
     checkpoint = read(fetch(source, sha256=sha256), trust=trust, sha256=sha256, entry=entry)
     try:
@@ -104,7 +104,7 @@ def load(
         check_finite(found.sources)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    # strict: `match` has accounted for every name; what it lets be absent keeps its value.
+    # strict: `match` has accounted for every name; tensors that it allows to be absent keep their values.
     kept = {name: value for name, value in model.state_dict().items() if name in found.absent}
     with torch.no_grad():
         model.load_state_dict({**found.sources, **kept}, strict=True)
@@ -136,7 +136,7 @@ def open_checkpoint(
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of what torch.compile and data parallelism put around it."""
+    """The model inside the wrappers of torch.compile and data parallelism."""
     while True:
         if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
             model = model.module
@@ -147,6 +147,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def backbone_paths(model: nn.Module) -> list[str]:
-    """Where a model keeps our backbones, such as "backbone."; "" for one that is a backbone itself."""
+    """Where a model keeps our backbones, such as "backbone."; "" if it is one itself."""
     paths = [name for name, module in model.named_modules() if isinstance(module, NeighborhoodBackbone)]
     return [f"{path}." if path else "" for path in paths]

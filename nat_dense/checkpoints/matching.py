@@ -1,4 +1,4 @@
-"""Which tensor of a file goes where in a model, with every tensor of both accounted for."""
+"""Decides which tensor of a file goes where in a model, with every tensor of both accounted for."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from nat_dense.checkpoints.rpb import resize_rpb as _resize
 from nat_dense.listing import listing
 
 RULES = {
-    "fresh-output-norms": "the file has no output norms (classification has none): they start as they are",
-    "classifier": "the classifier's norm and head have no place in this backbone",
+    "fresh-output-norms": "the file has no output norms (classification models have none): the model keeps its own",
+    "classifier": "this backbone doesn't use the classifier's norm and head",
     "unused-output-norm": "norms of stages that out_indices leaves out",
     "stem-norm": "transformers' norm of the stem's map, which these backbones don't return",
-    "outside-backbone": "only the backbone, or the part that prefix names, is wanted",
-    "batch-norm-counter": "counters of batch norm that old files lack and no result depends on",
+    "outside-backbone": "only the backbone, or the part given by prefix, is loaded",
+    "batch-norm-counter": "batch norm counters, which old files lack and which don't affect results",
     "ema-copy": "mmcv 1.x's second copy of the weights (the first is the averaged one)",
-    "replaced-head": "a new classifier was asked for",
+    "replaced-head": "a new classifier was requested",
 }
 """Why a tensor may be absent from the file or left out of the model; nothing else may."""
 
@@ -34,7 +34,7 @@ class Match:
     """What `match` found.
 
     Attributes:
-        sources: The model's name to the tensor that it gets, in the model's shape.
+        sources: The model's name to the tensor for it, in the model's shape.
         converted: The model's name to what was changed, such as "kernel 7 -> 11".
         absent: The model's name to the rule by which the file needn't have it.
         left_out: The file's name to the rule by which the model needn't have it.
@@ -60,11 +60,11 @@ def match(
         model: The model's state dict; its tensors may be on any device, "meta" too.
         layout: What the file holds.
         backbone_path: Where the model keeps its backbone: "" for a backbone or classifier alone, "backbone." in mm.
-        resize_rpb: Whether biases of another kernel size are resized.
-        replace_head: Whether the classifier's head may start afresh.
+        resize_rpb: Whether biases of a different kernel size are resized.
+        replace_head: Whether the classifier keeps the model's own head.
 
     Raises:
-        ValueError: Tensors are missing, not known, or of another shape, with the likely cause.
+        ValueError: Tensors are missing, unknown, or of a different shape; the message gives the likely cause.
     """
     pair = _Pair(model, layout, backbone_path, replace_head)
     result, missing, unknown, shapes = Match(), [], [], []
@@ -98,9 +98,13 @@ def match(
         for n, t in result.sources.items()
         if t.dtype.is_floating_point != model[n].is_floating_point()
     ]
-    problems = _listed("missing", missing), _listed("not in the model", unknown), _listed("of another shape", shapes)
+    problems = (
+        _listed("missing", missing),
+        _listed("not in the model", unknown),
+        _listed("of a different shape", shapes),
+    )
     if any(problems) or kinds:
-        listed = "; ".join(filter(None, (*problems, _listed("of another kind of number", kinds))))
+        listed = "; ".join(filter(None, (*problems, _listed("of a different kind of number", kinds))))
         raise ValueError(f"the weights don't fit the model{pair.cause()}: {listed}")
     for name, source in result.sources.items():
         if source.dtype != model[name].dtype:
@@ -110,15 +114,15 @@ def match(
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError where a tensor has NaN or infinite values."""
+    """Raises ValueError if a tensor has NaN or infinite values."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             count = int((~torch.isfinite(tensor)).sum())
-            raise ValueError(f"{name}: {count} of {tensor.numel()} values are NaN or infinite; the training diverged?")
+            raise ValueError(f"{name}: {count} of {tensor.numel()} values are NaN or infinite; did training diverge?")
 
 
 def is_ema_copy(name: str, names: Iterable[str]) -> bool:
-    """Whether mmcv 1.x's averaging hook made this tensor as the second copy of one of `names`."""
+    """Whether this tensor is the second copy of one of `names`, made by mmcv 1.x's averaging hook."""
     return name.startswith("ema_") and name.removeprefix("ema_") in {n.replace(".", "_") for n in names}
 
 
@@ -128,7 +132,7 @@ class _Pair:
     def __init__(self, model: Mapping[str, Tensor], layout: Layout, backbone_path: str, replace_head: bool):
         if backbone_path and layout.prefix != backbone_path:
             raise ValueError(
-                f"the file is {layout.kind}, the model a whole detector or segmentor: name the file in the backbone, "
+                f"the file is {layout.kind}, the model a whole detector or segmentor: give the file to the backbone, "
                 "model.backbone.init_cfg=dict(type='Pretrained', checkpoint=...)"
             )
         self.path = backbone_path
@@ -173,7 +177,7 @@ class _Pair:
         return None
 
     def cause(self) -> str:
-        """The likely reason why they don't fit, as " (...)": how the two architectures differ."""
+        """The likely cause of the mismatch, as " (...)": how the two architectures differ."""
         ours, theirs = architecture_of(self.file_backbone), architecture_of(self.model_backbone)
         differences = ours.differences(theirs)
         if differences == [f"kernel_size {ours.kernel_size} weights, {theirs.kernel_size} model"]:

@@ -1,8 +1,8 @@
 """The published checkpoints by name: "nat-tiny", "dinat-large-22k", "nat_tiny_upernet", "maskrcnn_dinat_s_tiny", ...
 
-Classification weights are named family-arch, those of ImageNet-22k with "-22k"; whole detectors and segmentors like
-their files. The addresses are those that the authors' files name. Whether they still answer was not tried, and no
-SHA-256 of any published file is known: what arrives is checked against the length that the server announces.
+Classification weights are named family-arch, with "-22k" for ImageNet-22k; whole detectors and segmentors are named
+after their files. The addresses come from the authors' files and have not been tried. No SHA-256 of any published file
+is known: a download is checked against the length that the server announces.
 """
 
 from __future__ import annotations

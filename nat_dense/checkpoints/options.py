@@ -1,4 +1,4 @@
-"""The options by which command lines read checkpoints, the same ones everywhere."""
+"""The command-line options for reading checkpoints, the same in every tool."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from argparse import ArgumentParser
 
 
 def add_trust_option(parser: ArgumentParser) -> None:
-    """`--trust`, without which nothing in a checkpoint is ever run."""
+    """Adds `--trust`, without which no code in a checkpoint is run."""
     parser.add_argument(
         "--trust",
         action="store_true",
-        help="run code that the checkpoint may bring along, if it can't be read without; only for your own files",
+        help="run code in the checkpoint if it can't be read otherwise; only for your own files",
     )
 
 
 def add_reading_options(parser: ArgumentParser) -> None:
-    """The checkpoint to read and how, named like the arguments of `nat_dense.checkpoints.load`."""
+    """Adds the checkpoint and how to read it, named like the arguments of `nat_dense.checkpoints.load`."""
     parser.add_argument(
         "source",
         metavar="IN",

@@ -1,4 +1,4 @@
-"""What a checkpoint was trained as, where its file or folder says so: dilations are no weights."""
+"""What a checkpoint was trained as, if its file or folder says so: dilations are not among the weights."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ FAMILIES: dict[str, type[NeighborhoodBackbone]] = {"NAT": NAT, "DiNAT": DiNAT, "
 _TYPE = re.compile(r"\btype=['\"](?:\w+\.)*(NAT|DiNAT|DiNAT_s)['\"]")
 _ROWS = r"[\[(]\s*(?:[\[(][\d\s,]*[\])][\s,]*)+[\])]"
 _DILATIONS = re.compile(rf"\bdilations=(?:['\"]([\w-]+)['\"]|({_ROWS}))")
-"""As they stand in the text of a config. Dilations of heads are single numbers or a flat list."""
+"""Dilations in the text of a config. Those of heads are single numbers or a flat list."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """A backbone as the config beside its weights has it.
+    """A backbone as described by the config stored with its weights.
 
     Attributes:
         family: "NAT", "DiNAT" or "DiNAT_s".
-        dilations: As in `NeighborhoodBackbone`, None for none.
+        dilations: As in `NeighborhoodBackbone`; None if undilated.
     """
 
     family: str
     dilations: Dilations
 
     def resolved(self, depths: tuple[int, ...]) -> tuple[tuple[int, ...], ...] | None:
-        """A dilation for each block of a model of these depths; None where they can't be those of the weights."""
+        """A dilation for each block of a model of these depths; None if they can't be those of the weights."""
         try:
             return resolve_dilations(self.family, self.dilations, depths)
         except ValueError:
@@ -41,10 +41,10 @@ class Origin:
 
 
 def origin_of(checkpoint: Checkpoint) -> Origin | None:
-    """Reads the config that MMEngine keeps in a checkpoint, or transformers beside one, as text; runs nothing.
+    """Reads the config that MMEngine stores in a checkpoint, or transformers next to it, as text; runs nothing.
 
     Returns:
-        What it says, or None where there is none, or it has not one of our backbones.
+        What it says, or None if there is no config or it doesn't have exactly one of our backbones.
     """
     meta = checkpoint.extras.get("meta")
     text = meta.get("cfg") if isinstance(meta, Mapping) else None

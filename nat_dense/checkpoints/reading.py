@@ -1,9 +1,9 @@
-"""Reading checkpoint files as data: nothing in a file is ever run, unless the user trusts it by name.
+"""Reads checkpoint files as data: nothing in a file is run, unless the user explicitly trusts it.
 
-safetensors files hold nothing but tensors. PyTorch files are pickles and go through `weights_only=True`, which admits
-tensors and plain Python values. What mm's training loops, timm and NumPy leave beside the weights is replaced by
-stand-ins that only keep what they are given, so that reading imports none of those libraries. A file that names
-anything else is refused with that name.
+safetensors files hold only tensors. PyTorch files are pickles and are read with `weights_only=True`, which admits
+tensors and plain Python values. Objects that mm's training loops, timm and NumPy store beside the weights are replaced
+by stand-ins that only keep what they are given, so that reading imports none of those libraries. A file that refers to
+anything else is refused, and the message says to what.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ WEIGHT_ENTRIES = (
     "ema_state_dict",
     "module",
 )
-"""Where training loops put the weights, in order of preference: mm, most others, and averaged weights last."""
+"""Where training loops store the weights, in order of preference: mm, most others, averaged weights last."""
 DIRECTORY_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""The weights in a folder that transformers wrote, in the order in which transformers itself looks for them."""
+"""The weights in a folder written by transformers, in the order in which transformers looks for them."""
 
 
 class StandIn:
-    """What a file's object becomes when its class is known to be harmless and its content is not needed."""
+    """Replaces an object whose class is known to be harmless and whose content is not needed."""
 
     def __init__(self, *args: Any):
         self.args = args
@@ -71,7 +71,7 @@ STAND_INS: tuple[tuple[Callable, str], ...] = (
     (OrderedDict, "addict.addict.Dict"),
     (StandIn, "mmengine.logging.history_buffer.HistoryBuffer"),
     (StandIn, "builtins.getattr"),
-    # timm and its descendants save their command line, Swin's its yacs config.
+    # timm and its descendants save their command line, Swin its yacs config.
     (StandIn, "argparse.Namespace"),
     (OrderedDict, "yacs.config.CfgNode"),
 )
@@ -97,7 +97,7 @@ class Checkpoint:
         path: The file.
         container: "torch" or "safetensors".
         tensors: Name to tensor; mapped from the file where the format allows it, so don't write to them.
-        entry: The entry of the file that held the weights; "" where they are the whole file.
+        entry: The entry of the file that held the weights; "" if they are the whole file.
         extras: The other entries ("meta", "optimizer", ...).
     """
 
@@ -109,18 +109,18 @@ class Checkpoint:
 
 
 def read(path: str | Path, *, trust: bool = False, sha256: str | None = None, entry: str | None = None) -> Checkpoint:
-    """The weights of a local checkpoint: a PyTorch or safetensors file, its shards' index, or a folder with one.
+    """Reads the weights of a local checkpoint: a PyTorch or safetensors file, an index of shards, or a folder with one.
 
     Args:
         path: The file or folder.
-        trust: Whether to run the code that a PyTorch file may bring along, if it can't be read without. Only for files
+        trust: Whether to run the code that a PyTorch file may contain, if it can't be read otherwise. Only for files
             that you made.
         sha256: The file's expected hash, in hexadecimal. Not for sharded files.
-        entry: Which entry holds the weights, where the file has several, such as "state_dict_ema".
+        entry: Which entry holds the weights, if the file has several, such as "state_dict_ema".
 
     Raises:
         FileNotFoundError: There is no such file, or a shard is missing.
-        ValueError: The file is damaged, of another format, has another hash, needs code to be run, or has no weights.
+        ValueError: The file is corrupt, has a different format or hash, needs code to be run, or has no weights.
     """
     path = _find_file(Path(path))
     if sha256 is not None:
@@ -140,22 +140,22 @@ def read_torch(
     map_location: Any = "cpu",
     mapped: bool = True,
 ) -> Any:
-    """Whatever a PyTorch file holds, as data.
+    """Reads the whole content of a PyTorch file, as data.
 
     Args:
         path: A file written by `torch.save`.
         trust: As in `read`.
-        admit: (what to use, its name in the file) in addition to `STAND_INS` or instead of theirs.
+        admit: (what to use, its name in the file), in addition to `STAND_INS` or overriding them.
         map_location: As in `torch.load`.
         mapped: Whether tensors may be mapped from the file, which must then not be written to while they live.
 
     Raises:
-        ValueError: The file is damaged, or needs code to be run.
+        ValueError: The file is corrupt, or needs code to be run.
     """
     path = Path(path)
     # torch.load goes by the name where it gets one, and maps only files that it gets by name.
     mapped = mapped and _is_zip(path) and path.suffix != ".safetensors"
-    # What can be read as data is, trusted or not: the stand-ins need none of the libraries that the file names.
+    # Read as data if possible, trusted or not: the stand-ins need none of the libraries that the file refers to.
     for as_data in (True, False) if trust else (True,):
         narrowed = _only_admitting(*STAND_INS, *admit)
         with _ONE_AT_A_TIME, narrowed, _obeying(weights_only=as_data), path.open("rb") as file:
@@ -168,7 +168,7 @@ def read_torch(
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file is safetensors, or else a PyTorch file, by its first bytes.
+    """Whether a file is safetensors or a PyTorch file, judging by its first bytes.
 
     Raises:
         ValueError: It is neither; the message says what it looks like.
@@ -187,7 +187,7 @@ def is_safetensors(path: Path) -> bool:
         if head.lstrip().startswith(magic):
             raise ValueError(f"{path} is not a checkpoint but {meaning}")
     if path.name == "last_checkpoint":
-        raise ValueError(f"{path} holds the name of a checkpoint and none itself; name that, {_named_in(path)}")
+        raise ValueError(f"{path} is a pointer file, not a checkpoint; pass the file it names: {_named_in(path)}")
     raise ValueError(f"{path} is neither a PyTorch nor a safetensors file (it starts with {head[:8]!r})")
 
 
@@ -201,18 +201,16 @@ def check_sha256(path: Path, expected: str) -> None:
             digest.update(part)
     found = digest.hexdigest()
     if not found.startswith(expected.lower()):
-        raise ValueError(
-            f"{path} has SHA-256 {found}, expected {expected}: it is damaged or not the file that was meant"
-        )
+        raise ValueError(f"{path} has SHA-256 {found}, expected {expected}: it is corrupt or not the intended file")
 
 
 _ONE_AT_A_TIME = threading.RLock()
-"""Both of the following change what is one for the process."""
+"""Both of the following change state that is global to the process."""
 
 
 @contextmanager
 def _only_admitting(*admitted: tuple[Callable, str]) -> Iterator[None]:
-    """Narrows PyTorch's allow-list, which is one for the process, to these names; the last one wins."""
+    """Narrows PyTorch's process-wide allow-list to these names; if one is repeated, the last entry wins."""
     others = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals([(value, name) for name, value in {n: v for v, n in admitted}.items()])
@@ -225,7 +223,7 @@ def _only_admitting(*admitted: tuple[Callable, str]) -> Iterator[None]:
 
 @contextmanager
 def _obeying(*, weights_only: bool) -> Iterator[None]:
-    """Lets `torch.load(weights_only=False)` mean it, where PyTorch's variable says otherwise for the whole process."""
+    """Makes `torch.load(weights_only=False)` effective even if PyTorch's environment variable forces the opposite."""
     forced = None if weights_only else os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD", None)
     try:
         yield
@@ -241,7 +239,7 @@ def _find_file(path: Path) -> Path:
                 return path / name
         last = path / "last_checkpoint"  # of a work-dir
         if last.is_file():
-            raise FileNotFoundError(f"{path} is a folder; name the checkpoint in it, {_named_in(last)}")
+            raise FileNotFoundError(f"{path} is a folder; pass the checkpoint in it: {_named_in(last)}")
         raise FileNotFoundError(f"{path} is a folder without weights; expected one of {', '.join(DIRECTORY_FILES)}")
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
@@ -258,25 +256,25 @@ def _is_zip(path: Path) -> bool:
 
 
 def _refusal(path: Path, error: Exception) -> str:
-    """What to tell the user of torch.load's error."""
+    """The message for the user about an error of torch.load."""
     text = " ".join(str(error).split())
     named = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", text)
     if named or "unrecognized function" in text:
         wanted = named[1] if named else "the call of an object in it"
         return (
-            f"{path} refused: reading it would run code, it asks for {wanted}. If you made this file yourself or "
-            "trust who did, say so: --trust on the command line, trust=True in Python and in init_cfg"
+            f"{path} refused: reading it would run code, it asks for {wanted}. If you made this file or trust whoever "
+            "did, use --trust on the command line, or trust=True in Python and in init_cfg"
         )
     if isinstance(error, ModuleNotFoundError):
         return f"{path} refused: it holds objects of {error.name!r}, which is not installed"
     if "TorchScript" in text:
-        return f"{path} is TorchScript, a program and not weights; save the state_dict of its model"
+        return f"{path} is TorchScript, which is a program, not weights; save the state_dict of its model"
     if isinstance(error, (EOFError, IndexError)):
-        text = "it ends too early"
+        text = "unexpected end of file"
     elif isinstance(error, UnpicklingError):
-        text = "its pickle makes no sense"
+        text = "invalid pickle"
     reason = re.sub(r"^\[enforce fail.*?\] ?\.? ?", "", text).split(". ")[0] or type(error).__name__
-    return f"{path} is damaged or not a PyTorch checkpoint: {reason}"
+    return f"{path} is corrupt or not a PyTorch checkpoint: {reason}"
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -284,7 +282,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 # not a dict
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+        raise ValueError(f"{path} is corrupt or not a safetensors file: {error}") from error
 
 
 def _read_shards(index: Path, trust: bool) -> Checkpoint:
@@ -304,7 +302,7 @@ def _read_shards(index: Path, trust: bool) -> Checkpoint:
     shards = {name: read(index.parent / name, trust=trust) for name in names}
     absent = [key for key, name in weight_map.items() if key not in shards[name].tensors]
     if absent:
-        raise ValueError(f"{index} places {absent[0]} in {weight_map[absent[0]]}, which does not hold it")
+        raise ValueError(f"{index} places {absent[0]} in {weight_map[absent[0]]}, which does not contain it")
     tensors: dict[str, Tensor] = {}
     for name, shard in shards.items():
         strays = [key for key in shard.tensors if weight_map.get(key) != name]
@@ -318,7 +316,7 @@ def _weights_of(path: Path, content: Any, entry: str | None) -> Checkpoint:
     if isinstance(content, torch.nn.Module):
         content = content.state_dict()
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not weights by name")
+        raise ValueError(f"{path} holds a {type(content).__name__}, not named weights")
     entries = [name for name in WEIGHT_ENTRIES if isinstance(content.get(name), Mapping)]
     if entry is None and entries:
         entry = entries[0]
@@ -332,10 +330,10 @@ def _weights_of(path: Path, content: Any, entry: str | None) -> Checkpoint:
     if len(others) == len(weights):
         held = ", ".join(map(str, list(content)[:6])) or "nothing"
         state = " Is it a training state without the model?" if {"optimizer", "epoch", "iter"} & set(content) else ""
-        raise ValueError(f"{path} has no tensors by name; it holds {held}.{state}")
+        raise ValueError(f"{path} has no named tensors; it holds {held}.{state}")
     if others or any(not isinstance(name, str) for name in weights):
         names = ", ".join(f"{name} ({type(weights[name]).__name__})" for name in others[:3])
-        raise ValueError(f"{path} mixes weights with {len(others)} other values: {names}. Expected tensors by name")
+        raise ValueError(f"{path} mixes weights with {len(others)} other values: {names}. Expected only named tensors")
     for name, value in weights.items():
         if value.layout != torch.strided or value.is_quantized:
             raise ValueError(f"{path}: {name} is sparse or quantized; expected a plain tensor")

@@ -1,4 +1,4 @@
-"""Relative position biases for another kernel size."""
+"""Resizes relative position biases to another kernel size."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ def resize_rpb(rpb: Tensor, kernel_size: int) -> Tensor:
     """Interpolates relative position biases bicubically to another kernel size.
 
     The offsets of both kernels span the same window, as they do where a larger kernel sees a larger image. The
-    published 11x11 weights were started from 7x7 ones this way; whether their authors aligned the corners isn't known,
-    here they are not.
+    published 11x11 weights were initialised from 7x7 ones this way. Whether the authors aligned the corners is not
+    known; here they are not aligned.
 
     Args:
         rpb: [heads, 2 k - 1, 2 k - 1], any floating dtype.

@@ -1,8 +1,8 @@
-"""mmengine's own loading (`load_from`, `resume`, testing, `init_cfg` of other modules) and saving, through ours.
+"""Routes mmengine's loading (`load_from`, `resume`, testing, `init_cfg` of other modules) and saving through ours.
 
-Left alone, mmengine admits `getattr` to its files, and runs whatever a file brings along when reading it as data
-fails; a run that is killed while it saves leaves half a file. A training state needs a few real objects to resume:
-the loss history and NumPy's arrays and numbers.
+By itself, mmengine admits `getattr` in its files, and runs whatever code a file contains if reading it as data fails; a
+run that is killed while saving leaves a partial file. Resuming needs a few real objects from the training state: the
+loss history and NumPy's arrays and numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nat_dense.files import atomic
 
 
 def _statistic(owner: type, name: str) -> Callable:
-    """What `getattr` is in these files: the loss history's own statistics by name, and nothing else."""
+    """Stands in for `getattr` in these files: gives the loss history's own statistics by name, and nothing else."""
     if owner is not HistoryBuffer or name not in ("min", "max", "mean", "current"):
         raise ValueError(f"it asks for attribute {name!r} of {owner!r}")
     return getattr(HistoryBuffer, name)
@@ -41,11 +41,11 @@ ADMITTED: tuple[tuple[Callable, str], ...] = (
     *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     *((_RECONSTRUCT, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
 )
-"""What a training state may restore beyond tensors and plain values, under its name in the file."""
+"""What a training state may restore besides tensors and plain values, with its name in the file."""
 
 
 def load_from_nat_dense(filename: str, map_location: Any = None, *, trust: bool = False) -> Any:
-    """A loader for mmengine: everything that a file holds, as data.
+    """A loader for mmengine: reads the whole content of a file, as data.
 
     Args:
         filename: A PyTorch or safetensors file, its URL, or the name of a published checkpoint.
@@ -53,11 +53,11 @@ def load_from_nat_dense(filename: str, map_location: Any = None, *, trust: bool 
         trust: As in `reading.read`.
 
     Returns:
-        What the file holds; of a safetensors file its tensors under "state_dict".
+        The content of the file; for safetensors, its tensors under "state_dict".
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, or needs code to be run.
+        ValueError: The file is corrupt, or needs code to be run.
     """
     path = fetch(filename)
     if path.is_dir() or is_safetensors(path):
@@ -67,16 +67,16 @@ def load_from_nat_dense(filename: str, map_location: Any = None, *, trust: bool 
 
 
 class AtomicBackend(LocalBackend):
-    """mmengine's local files, of which binary ones (checkpoints) are written whole or not at all.
+    """mmengine's local file backend; binary files (checkpoints) are written completely or not at all.
 
-    mmengine removes the checkpoint that a new one replaces before it writes the new one, so that a run which ends
-    between may be left with none. Here it is removed when the next one is there.
+    mmengine removes the checkpoint that a new one replaces before it writes the new one, so a run that is
+    killed in between may be left with none. Here it is removed once the new one exists.
     """
 
     _replaced: ClassVar[set[Path]] = set()
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Writes bytes to a file; makes its folder where there is none."""
+        """Writes bytes to a file; creates its folder if needed."""
         path = Path(filepath)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as part:
@@ -86,7 +86,7 @@ class AtomicBackend(LocalBackend):
             self._replaced.pop().unlink(missing_ok=True)
 
     def remove(self, filepath: str | Path) -> None:
-        """Removes a file; a checkpoint when the next one has been written."""
+        """Removes a file; a checkpoint only after the next one has been written."""
         if Path(filepath).suffix == ".pth" and Path(filepath).is_file():
             self._replaced.add(Path(filepath).absolute())
         else:
@@ -99,7 +99,7 @@ def install(*, trust: bool = False) -> None:
     Args:
         trust: Whether the files that it loads may run code.
     """
-    # mmengine logs the name of its loader, which a partial function has not.
+    # mmengine logs the name of its loader, which a partial function doesn't have.
     loader = update_wrapper(partial(load_from_nat_dense, trust=trust), load_from_nat_dense)
     for prefix in ("", "http://", "https://"):
         CheckpointLoader.register_scheme(prefix, loader, force=True)

@@ -1,4 +1,4 @@
-"""Writing tensors as a file of one of the known formats."""
+"""Writes tensors to a file in one of the known formats."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 
 
 def check_suffix(path: str | Path) -> None:
-    """Raises ValueError unless the name's ending chooses a format that `save` writes."""
+    """Raises ValueError unless the file name has a suffix that `save` supports."""
     if Path(path).suffix not in (".safetensors", *TORCH_SUFFIXES):
         raise ValueError(f"{path}: expected a name that ends in .safetensors, {', '.join(TORCH_SUFFIXES)}")
 
@@ -28,16 +28,16 @@ def save(
     metadata: Mapping[str, str] | None = None,
     content: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes tensors as safetensors or as a PyTorch file, by the name's ending, atomically.
+    """Writes tensors atomically as a safetensors or PyTorch file, chosen by the file name's suffix.
 
     Args:
         tensors: By name.
         path: Ends in .safetensors, .pth, .pt or .bin.
         metadata: Text for the header of a safetensors file; transformers wants {"format": "pt"}.
-        content: What a PyTorch file holds beside the tensors, which then go under "state_dict"; None for tensors alone.
+        content: What else a PyTorch file holds; the tensors then go under "state_dict". None for only tensors.
 
     Raises:
-        ValueError: The ending is another one.
+        ValueError: The suffix is not supported.
         FileNotFoundError: The folder of `path` does not exist.
     """
     check_suffix(path)
@@ -50,7 +50,7 @@ def save(
 
 
 def _pack(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies what is not a whole storage of its own: views would drag their base along, aliases can't be told apart."""
+    """Copies tensors that don't own a whole storage: views would save their base too, aliases can't be told apart."""
     packed: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():

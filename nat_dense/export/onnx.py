@@ -1,4 +1,4 @@
-"""Models as ONNX files of standard operators, checked against the model before they are put in place."""
+"""Writes models as ONNX files of standard operators, checked against the model before they are kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 """What the extra `onnx` installs."""
 
 TOLERANCE = 1e-4
-"""Largest difference between the file and the model, in units of the output's largest value or 1."""
+"""Largest allowed difference between file and model, relative to the output's largest value, or 1 if larger."""
 
 INPUT = "image"
 
@@ -33,8 +33,8 @@ class Exported:
         path: The file.
         outputs: Names of the outputs, in order.
         nodes: Operators in the graph.
-        differences: Largest difference to the model by image shape (batch, channels, height, width), in units of
-            `TOLERANCE`'s.
+        differences: Largest difference from the model by image shape (batch, channels, height, width), in the units
+            of `TOLERANCE`.
     """
 
     path: Path
@@ -56,23 +56,23 @@ def export_onnx(
 ) -> Exported:
     """Writes a model as an ONNX file (opset 18), runs it in onnxruntime and compares.
 
-    Nothing is left behind where the file and the model disagree or anything else fails.
+    Nothing is left behind if the file and the model disagree or anything else fails.
 
     Args:
         model: float32, on the CPU, in eval mode; takes an image [B, channels, H, W], returns a tensor or several.
         path: The file to write; ends in .onnx.
-        image_size: H and W in pixels: those of every image, or with `dynamic` those to compare at.
+        image_size: H and W in pixels, of every image or, with `dynamic`, of the comparison.
         channels: Of the image.
-        dynamic: Whether batch, H and W are left open. Else the batch is 1.
-        output_names: One an output; "output" or "map_0", "map_1", ... when None.
+        dynamic: Whether batch, H and W are left open; otherwise the batch is 1.
+        output_names: One per output; "output" or "map_0", "map_1", ... when None.
         metadata: Text to store in the file.
         overwrite: Whether an existing file may be replaced.
 
     Raises:
         ModuleNotFoundError: A package of the extra `onnx` is missing.
-        FileExistsError: There is a file and `overwrite` is False.
+        FileExistsError: The file exists and `overwrite` is False.
         FileNotFoundError: There is no such folder.
-        ValueError: An argument that doesn't fit, or a model that `torch.export` can't take.
+        ValueError: An argument is invalid, or `torch.export` can't handle the model.
         RuntimeError: The file does not compute what the model does.
     """
     path = Path(path)
@@ -147,10 +147,10 @@ def _trace(model: nn.Module, shape: tuple[int, int, int], dynamic: bool) -> torc
     try:
         with torch.no_grad():
             return torch.export.export(model, (torch.zeros(batch, channels, height, width),), dynamic_shapes=sizes)
-    except Exception as error:  # torch.export raises whatever the model and its own passes do
-        advice = "; a fixed size (without dynamic) asks less of it" if dynamic else ""
+    except Exception as error:  # torch.export raises whatever the model and its own passes raise
+        advice = "; a fixed size (without dynamic) may work" if dynamic else ""
         reason = " ".join(str(error).split())[:500]
-        raise ValueError(f"torch.export can't take {type(model).__name__}: {reason}{advice}") from error
+        raise ValueError(f"torch.export can't export {type(model).__name__}: {reason}{advice}") from error
 
 
 def _output_names(program: torch.export.ExportedProgram, given: Sequence[str] | None) -> list[str]:

@@ -1,9 +1,9 @@
-"""Operators that ONNX doesn't have, in those of its opset 18.
+"""Operators that ONNX lacks, written with those of its opset 18.
 
-`TRANSLATIONS` goes to `torch.onnx.export` as `custom_translation_table`. The functions below take and return values of
-the graph that is being built, in the order of the operator's schema; they need no size to be known before it runs.
+Pass `TRANSLATIONS` to `torch.onnx.export` as `custom_translation_table`. The functions below take and return values of
+the graph being built, in the order of the operator's schema; no size needs to be known before it runs.
 
-Shapes: B batch, H and W the map, N heads, D channels of a head, K x L the window.
+Shapes: B batch, H and W the map, N heads, D channels per head, K x L the window.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def na2d(
 ):
     """`torch.ops.nat_dense.na2d` in float32, one row of the window at a time.
 
-    Its largest values are the gathered keys of one window row, L times the map, and the logits, K * L / D times.
+    Its largest tensors are the gathered keys of one window row, L times the map, and the logits, K * L / D times.
 
     Returns:
         out: [B, H, W, N, D].
@@ -50,7 +50,7 @@ def na2d(
     query, key, value = (op.Transpose(tokens, perm=[0, 3, 1, 2, 4]) for tokens in (query, key, value))
 
     def select(tokens, row: int):
-        """[B, N, H, W, L, D]: what lies in one row of each query's window."""
+        """[B, N, H, W, L, D]: the tokens in one row of each query's window."""
         return op.Gather(op.Gather(tokens, op.Gather(rows, row, axis=1), axis=2), columns, axis=3)
 
     column_query = op.Unsqueeze(op.Mul(query, scale), [-1])  # [B, N, H, W, D, 1]
@@ -62,7 +62,7 @@ def na2d(
     weights = op.Unsqueeze(op.Softmax(joined, axis=-1), [-2])  # [B, N, H, W, 1, K * L]
 
     def attend(row: int):
-        """[B, N, H, W, 1, D]: what one row of each query's window adds."""
+        """[B, N, H, W, 1, D]: the contribution of one row of each query's window."""
         first = row * kernel_size[1]
         return op.MatMul(op.Slice(weights, [first], [first + kernel_size[1]], [-1]), select(value, row))
 
@@ -74,7 +74,7 @@ def na2d(
 
 
 def _is_complete(query, kernel_size: Sequence[int], dilation: Sequence[int]) -> bool:
-    """Whether the map is known to hold a window: its size may not be known before the graph runs."""
+    """Whether the map is known to hold a window; its size may be unknown until the graph runs."""
     height, width = query.shape[1], query.shape[2]
     if not isinstance(height, int) or not isinstance(width, int):
         return False
@@ -83,7 +83,7 @@ def _is_complete(query, kernel_size: Sequence[int], dilation: Sequence[int]) -> 
 
 
 def _with_border(tokens, pad):
-    """One more row and column of the pad token, which stand for all that a map lacks: [B, H + 1, W + 1, N, D]."""
+    """Adds a row and a column of the pad token, which stand for everything beyond the map: [B, H + 1, W + 1, N, D]."""
     for axis in (2, 1):
         shape = op.Shape(op.Gather(tokens, [0], axis=axis))
         tokens = op.Concat(tokens, op.Expand(pad, shape), axis=axis)
@@ -91,7 +91,7 @@ def _with_border(tokens, pad):
 
 
 def _window_indices(query, axis: int, kernel: int, dilation: int):
-    """What `nat_dense.ops.reference.window_indices` says about an axis of the map, [length, kernel] twice.
+    """What `nat_dense.ops.reference.window_indices` gives for an axis of the map, [length, kernel] twice.
 
     Positions beyond the map are all `length`: the place of the one pad token.
     """
@@ -117,7 +117,7 @@ def adaptive_avg_pool2d(x, output_size: Sequence[int]):
 
 
 def _bin_weights(x, axis: int, bins: int):
-    """[bins, length] float32: what each cell of an axis adds to the mean of each bin. Bins may share a cell."""
+    """[bins, length] float32: the weight of each cell of an axis in the mean of each bin. Bins may share a cell."""
     length = op.Squeeze(op.Shape(x, start=axis, end=axis + 1))
     cell = op.Range(0, length, 1)
     number = op.Unsqueeze(op.Constant(value_ints=list(range(bins))), [1])

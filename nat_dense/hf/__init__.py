@@ -1,10 +1,10 @@
 """NAT and DiNAT for Hugging Face transformers, 4.57 and 5. Needs torch and transformers.
 
-The classes have the fields, outputs and parameter names of those that transformers had. Importing this package
-registers them with AutoConfig, AutoModel, AutoBackbone and AutoModelForImageClassification, where they take the place
-of transformers' own DiNAT (and, in 4.57, NAT).
+The classes have the same fields, outputs and parameter names as those that transformers had. Importing this package
+registers them with AutoConfig, AutoModel, AutoBackbone and AutoModelForImageClassification, where they replace
+transformers' own DiNAT (and, in 4.57, NAT).
 
-Start with `models.py`, then `layers.py`; `versions.py` is what differs between releases of transformers.
+Start with `models.py`, then `layers.py`; `versions.py` holds what differs between releases of transformers.
 """
 
 from nat_dense.hf.configuration import DinatConfig, NatConfig

@@ -19,11 +19,11 @@ class NatConfig(BackboneConfigMixin, PretrainedConfig):
     The defaults are those of [shi-labs/nat-mini-in1k-224](https://huggingface.co/shi-labs/nat-mini-in1k-224).
 
     Args:
-        patch_size: Pixels a token; 4, nothing else exists.
+        patch_size: Pixels per token side; only 4 is supported.
         num_channels: Channels of the image.
         embed_dim: Channels of the first stage; each stage doubles them.
-        depths: Layers a stage.
-        num_heads: Attention heads a stage.
+        depths: Layers per stage.
+        num_heads: Attention heads per stage.
         kernel_size: Side of the attention window in tokens; odd, > 1.
         mlp_ratio: Hidden channels of an MLP over its channels.
         qkv_bias: Whether query, key and value have biases.
@@ -33,14 +33,14 @@ class NatConfig(BackboneConfigMixin, PretrainedConfig):
         drop_path_rate: Stochastic depth of the last layer; grows linearly from 0 at the first.
         hidden_act: Activation of the MLPs: a name that transformers knows, or a function.
         initializer_range: Standard deviation of initial weights.
-        layer_norm_eps: Of the layers' norms and the final one; the others have 1e-5.
-        layer_scale_init_value: Initial layer scale; none where <= 0.
+        layer_norm_eps: Of the layers' norms and the final one; all other norms use 1e-5.
+        layer_scale_init_value: Initial layer scale; no layer scale if <= 0.
         out_features: A backbone's outputs, out of "stem", "stage1", ...; the last stage when None.
         out_indices: The same by number, 0 for the stem.
         **kwargs: The fields of every transformers configuration (`num_labels`, `id2label`, ...).
 
     Raises:
-        ValueError: `out_features` and `out_indices` name no stages, not in order, or not the same.
+        ValueError: `out_features` or `out_indices` has unknown stages or is not in order, or the two disagree.
 
     Source: transformers 4.57.6, models/deprecated/nat.
     """
@@ -123,7 +123,7 @@ class DinatConfig(NatConfig):
 
 
 def dilations_of(config: PretrainedConfig) -> list[list[int]]:
-    """Dilations by stage and layer, of any Nat or Dinat configuration (transformers' own `DinatConfig` as well).
+    """Dilations by stage and layer, of any Nat or Dinat configuration (including transformers' own `DinatConfig`).
 
     Raises:
         ValueError: `dilations` has fewer numbers than there are layers.
@@ -131,5 +131,7 @@ def dilations_of(config: PretrainedConfig) -> list[list[int]]:
     rows = getattr(config, "dilations", None) or [[1] * depth for depth in config.depths]
     if len(rows) < len(config.depths) or any(len(row) < depth for row, depth in zip(rows, config.depths, strict=False)):
         found = [len(row) for row in rows]
-        raise ValueError(f"dilations has {found} numbers a stage; expected at least as many as depths={config.depths}")
+        raise ValueError(
+            f"dilations has {found} numbers per stage; expected at least as many as depths={config.depths}"
+        )
     return [list(row[:depth]) for row, depth in zip(rows, config.depths, strict=False)]

@@ -1,6 +1,6 @@
-"""The layers under transformers' names. What they do is `nat_dense.models`' and the operator's.
+"""The layers under transformers' names. The computation is that of `nat_dense.models` and the operator.
 
-Parameter names are those of the published transformers checkpoints, which makes them public API. Tokens are
+Parameter names are those of the published transformers checkpoints, and therefore public API. Tokens are
 [B, H, W, C] throughout.
 """
 
@@ -31,7 +31,7 @@ class PatchEmbeddings(nn.Module):
         self.projection = projection
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Raises ValueError where the image has another number of channels."""
+        """Raises ValueError if the image has a different number of channels."""
         if pixel_values.dim() != 4 or pixel_values.shape[1] != self.num_channels:
             raise ValueError(
                 "Make sure that the channel dimension of the pixel values match with the one set in the configuration: "
@@ -79,10 +79,10 @@ class SelfAttention(nn.Module):
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
     def forward(self, tokens: Tensor, output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
-        """[B, H, W, C] -> the same, and the attention weights where they are asked for.
+        """[B, H, W, C] -> the same, and the attention weights if requested.
 
         The weights are [B, heads, H', W', kernel_size ** 2]; H' and W' are the map's sides, or the dilated window's
-        where that is larger. They come from the reference operator, which is slow.
+        if that is larger. They come from the reference operator, which is slow.
         """
         if output_attentions:
             return self._with_weights(tokens)
@@ -165,12 +165,12 @@ class Layer(GradientCheckpointingLayer):
         self.layer_scale_parameters = nn.Parameter(layer_scale) if config.layer_scale_init_value > 0 else None
 
     def forward(self, tokens: Tensor, output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
-        """[B, H, W, C] -> the same, and the attention weights where they are asked for."""
+        """[B, H, W, C] -> the same, and the attention weights if requested."""
         attended, weights = self.attention(self.layernorm_before(tokens), output_attentions)
         return in_runs(self._add_branches, tokens, attended, whole=self._takes_whole_maps), weights
 
     def _takes_whole_maps(self) -> bool:
-        """Whether a part of the MLP may look at more than a token: what hooks or other modules do is not known."""
+        """Whether a part of the MLP may look at more than one token: hooks and replaced modules may do anything."""
         if self.drop_path.training or not are_plain({Intermediate: (self.intermediate,), Dense: (self.output,)}):
             return True
         return not are_plain(
@@ -198,7 +198,7 @@ class Stage(nn.Module):
         self.downsample = downsample
 
     def forward(self, tokens: Tensor, output_attentions: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-        """[B, H, W, C] -> what the next stage takes, the map after the layers, and the last layer's weights."""
+        """[B, H, W, C] -> the next stage's input, the map after the layers, and the last layer's weights."""
         weights = None
         for i, layer in enumerate(self.layers):
             tokens, weights = layer(tokens, output_attentions and i == len(self.layers) - 1)

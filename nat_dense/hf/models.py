@@ -20,14 +20,14 @@ from nat_dense.hf.versions import BackboneMixin, init_backbone
 
 
 class _PreTrained(PreTrainedModel):
-    """Initial weights, and what transformers wants to know about a model."""
+    """Initial weights, and the attributes that transformers expects of a model."""
 
     main_input_name = "pixel_values"
     input_modalities = "image"
     supports_gradient_checkpointing = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        """transformers calls this on modules whose weights no checkpoint gave."""
+        """transformers calls this on modules whose weights were not in the checkpoint."""
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
@@ -41,7 +41,7 @@ class _PreTrained(PreTrainedModel):
             nn.init.constant_(module.layer_scale_parameters, self.config.layer_scale_init_value)
 
     def _wants(self, output_attentions: bool | None, output_hidden_states: bool | None) -> tuple[bool, bool]:
-        """What a call says, or else the configuration."""
+        """The values of the call, or else of the configuration."""
         config = self.config
         return (
             bool(config.output_attentions if output_attentions is None else output_attentions),
@@ -49,7 +49,7 @@ class _PreTrained(PreTrainedModel):
         )
 
     def _in_form(self, output: ModelOutput, as_tuple: tuple, return_dict: bool | None) -> Any:
-        """The output, or its tuple where the call or else the configuration wants one."""
+        """The output, or its tuple if the call, or else the configuration, requests one."""
         return output if (self.config.return_dict if return_dict is None else return_dict) else as_tuple
 
 
@@ -67,7 +67,7 @@ class _Encoding(_PreTrained):
     def _encode(
         self, pixel_values: Tensor | None, output_attentions: bool, *, downsampled: bool
     ) -> tuple[list[Tensor], tuple[Tensor, ...] | None]:
-        """The embeddings and each stage's map, after its downsampler or before it; each stage's weights if wanted."""
+        """The embeddings and each stage's map, after or before its downsampler; each stage's weights if requested."""
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values: a tensor [batch, num_channels, height, width]")
         hidden_states, attentions = [self.embeddings(pixel_values)], []
@@ -78,7 +78,7 @@ class _Encoding(_PreTrained):
 
 
 class _Model(_Encoding):
-    """The encoder with a final norm and, if wanted, the mean over its tokens.
+    """The encoder with a final norm and, optionally, the mean over its tokens.
 
     Args:
         config: The fields.
@@ -107,7 +107,7 @@ class _Model(_Encoding):
 
         Args:
             pixel_values: [B, num_channels, H, W], any H, W >= 1.
-            output_attentions: Whether to return attention weights, which the slow reference operator computes.
+            output_attentions: Whether to return attention weights, computed by the slow reference operator.
             output_hidden_states: Whether to return the maps of all stages.
             return_dict: False for a tuple instead.
 
@@ -154,7 +154,7 @@ class _ForImageClassification(_PreTrained):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> tuple | NatImageClassifierOutput:
-        """Logits of images, and the loss where labels are given.
+        """Logits of images, and the loss if labels are given.
 
         Args:
             pixel_values: [B, num_channels, H, W].
@@ -179,10 +179,10 @@ class _ForImageClassification(_PreTrained):
 
 
 class _Backbone(BackboneMixin, _Encoding):
-    """Maps of several stages, each with a norm of its own, for transformers' dense models.
+    """Maps of several stages, each with its own norm, for transformers' dense models.
 
     Args:
-        config: The fields; `out_features` or `out_indices` name the maps.
+        config: The fields; `out_features` or `out_indices` choose the maps.
     """
 
     def __init__(self, config: NatConfig):
@@ -205,8 +205,8 @@ class _Backbone(BackboneMixin, _Encoding):
 
         Args:
             pixel_values: [B, num_channels, H, W].
-            output_hidden_states, output_attentions, return_dict: As in the bare model, in another order, as
-                transformers has it. A tuple has no attentions.
+            output_hidden_states, output_attentions, return_dict: As in the bare model, but in transformers' order for
+                backbones. A tuple has no attentions.
 
         Returns:
             `feature_maps`, contiguous [B, C_i, H_i, W_i]; `hidden_states` are [B, H_i, W_i, C_i], before norm and

@@ -10,13 +10,13 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class NatModelOutput(ModelOutput):
-    """Of `NatModel` and `DinatModel`.
+    """Output of `NatModel` and `DinatModel`.
 
     Attributes:
         last_hidden_state: [B, H/32, W/32, C] after the final norm (for four stages; sides rounded up).
         pooler_output: [B, C], its mean over the tokens; None without a pooling layer.
         hidden_states: On request. [B, H_i, W_i, C_i] of the embeddings and of each stage after its downsampler.
-        attentions: On request. By stage, of its last layer: [B, heads, H_i, W_i, kernel_size ** 2], where a side is
+        attentions: On request. One per stage, from its last layer: [B, heads, H_i, W_i, kernel_size ** 2]; a side is
             that of the dilated window if the map's is smaller.
         reshaped_hidden_states: `hidden_states` as [B, C_i, H_i, W_i].
     """
@@ -30,10 +30,10 @@ class NatModelOutput(ModelOutput):
 
 @dataclass
 class NatImageClassifierOutput(ModelOutput):
-    """Of `NatForImageClassification` and `DinatForImageClassification`.
+    """Output of `NatForImageClassification` and `DinatForImageClassification`.
 
     Attributes:
-        loss: Scalar, where labels are given.
+        loss: Scalar, if labels are given.
         logits: [B, num_labels].
         hidden_states, attentions, reshaped_hidden_states: As in `NatModelOutput`.
     """

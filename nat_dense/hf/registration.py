@@ -11,10 +11,10 @@ from nat_dense.hf.versions import hide_new_natten, register_image_processor
 
 
 def register() -> None:
-    """Registers NAT and DiNAT with the Auto classes, in place of what transformers has under these names.
+    """Registers NAT and DiNAT with the Auto classes, replacing what transformers has under these names.
 
-    transformers 4.57's classes need a NATTEN that no longer installs; 5 has no NAT, and a DiNAT whose forward fails
-    or is wrong. A configuration of transformers' own classes leads to these models as well.
+    transformers 4.57's classes need a NATTEN that no longer installs; 5 has no NAT, and its DiNAT's forward pass fails
+    or is wrong. Configurations of transformers' own classes also select these models.
     """
     hide_new_natten()
     register_image_processor(NatConfig)

@@ -1,4 +1,4 @@
-"""What differs between transformers 4.57 and 5, in one place."""
+"""Everything that differs between transformers 4.57 and 5."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ __all__ = [
 
 
 def set_outputs(config: Any, out_features: list[str] | None, out_indices: Sequence[int] | None) -> None:
-    """Sets the output stages of a configuration that has its `stage_names`.
+    """Sets the output stages of a configuration that already has `stage_names`.
 
     Raises:
-        ValueError: They name no stages, not in order, or not the same.
+        ValueError: One of them has unknown stages or is not in order, or the two disagree.
     """
     if hasattr(config, "set_output_features_output_indices"):
         config.set_output_features_output_indices(out_features, out_indices)
@@ -41,13 +41,13 @@ def set_outputs(config: Any, out_features: list[str] | None, out_indices: Sequen
 
 
 def init_backbone(backbone: Any, config: PretrainedConfig) -> None:
-    """What `BackboneMixin` does in its constructor from 5.0 on, and had to be called for before."""
+    """Does what `BackboneMixin` does in its constructor from 5.0 on; before, it had to be called explicitly."""
     if hasattr(backbone, "_init_backbone"):
         backbone._init_backbone(config)
 
 
 def register_image_processor(config_class: type[PretrainedConfig]) -> None:
-    """Gives a configuration the processor of ViT, which 5.0 no longer does for NAT: for files that don't name one."""
+    """Gives a configuration ViT's image processor, for files that specify none; 5.0 no longer does this for NAT."""
     if not hasattr(transformers, "ViTImageProcessorPil"):
         return
     classes: dict[str, type] = {"pil": transformers.ViTImageProcessorPil}
@@ -57,9 +57,9 @@ def register_image_processor(config_class: type[PretrainedConfig]) -> None:
 
 
 def hide_new_natten() -> None:
-    """Lets transformers import its own DiNAT, which pipelines do by name, beside a NATTEN that is too new for it.
+    """Lets transformers import its own DiNAT, which pipelines do by name, even if NATTEN is too new for it.
 
-    Its module imports two functions that NATTEN dropped in 0.17.5, wherever any NATTEN is installed.
+    If any NATTEN is installed, the module imports two functions that NATTEN dropped in 0.17.5.
     """
     if not transformers.utils.is_natten_available():
         return

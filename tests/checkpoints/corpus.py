@@ -146,7 +146,7 @@ def shifted_offsets(path):
     return struct.pack("<Q", len(text)) + text + content[8 + size :]
 
 
-DAMAGED = r"is damaged or not a (PyTorch|safetensors)|is empty|neither a PyTorch nor a safetensors"
+DAMAGED = r"is corrupt or not a (PyTorch|safetensors)|is empty|neither a PyTorch nor a safetensors"
 CODE = "refused: reading it would run code, it asks for"
 
 # name: (what the file holds, the message, or None where it is to be loaded)
@@ -172,7 +172,7 @@ BYTES = {
     "json": (b'{"state_dict": {}}', "neither a PyTorch nor a safetensors file"),
     "zeros": (bytes(4096), "neither a PyTorch nor a safetensors file"),
     "bare pickle": (pickle.dumps({"a": 1}, 2), DAMAGED),
-    "torchscript": (script(), "is TorchScript, a program and not weights"),
+    "torchscript": (script(), "is TorchScript, which is a program, not weights"),
     "runs a command": (torch_bytes({"state_dict": STATE, "meta": Runs()}), f"{CODE} (posix|nt).system"),
     "runs a command, legacy": (torch_bytes({"state_dict": STATE, "meta": Runs()}, legacy=True), f"{CODE} posix.system"),
     "runs a command, bare pickle": (pickle.dumps(Runs(), 2), f"{CODE} posix.system|{DAMAGED}"),
@@ -210,14 +210,17 @@ CONTENT = {
     "float16": ({name: value.half() for name, value in STATE.items()}, None),
     "bfloat16": ({name: value.bfloat16() for name, value in STATE.items()}, None),
     "float64": ({name: value.double() for name, value in STATE.items()}, None),
-    "integers": (with_("norm0.bias", torch.zeros(8, dtype=torch.int8)), "1 of another kind of number: norm0.bias int8"),
+    "integers": (
+        with_("norm0.bias", torch.zeros(8, dtype=torch.int8)),
+        "of a different kind of number: norm0.bias int8",
+    ),
     "nan": (nan(float("nan")), "levels.1.blocks.1.mlp.fc2.weight: 1 of 512 values are NaN or infinite"),
     "infinity": (nan(float("inf")), "1 of 512 values are NaN or infinite"),
     "wrong shape": (
         with_("norm2.weight", torch.ones(31)),
-        r"1 of another shape: norm2.weight \(31,\), the model's \(32,\)",
+        r"1 of a different shape: norm2.weight \(31,\), the model's \(32,\)",
     ),
-    "transposed shape": (with_("levels.0.blocks.0.mlp.fc1.weight", torch.ones(8, 16)), "of another shape"),
+    "transposed shape": (with_("levels.0.blocks.0.mlp.fc1.weight", torch.ones(8, 16)), "of a different shape"),
     "missing": (without("levels.2.blocks.0.attn.qkv.bias"), "1 missing: levels.2.blocks.0.attn.qkv.bias"),
     "missing stem": (
         without("patch_embed.norm.weight", "patch_embed.proj.0.weight"),
@@ -259,16 +262,16 @@ CONTENT = {
     "classifier": (tiny(NATClassifier, num_classes=4).state_dict(), None),
     "optimizer only": (
         {"optimizer": {"state": {}}, "epoch": 2},
-        r"has no tensors by name; it holds optimizer, epoch. Is it a training state",
+        r"has no named tensors; it holds optimizer, epoch. Is it a training state",
     ),
-    "no weights": ({}, "has no tensors by name; it holds nothing"),
-    "empty state dict": ({"state_dict": {}}, "has no tensors by name; it holds state_dict"),
-    "list": (list(STATE.values()), "holds a list, not weights by name"),
-    "one tensor": (torch.zeros(3), "holds a Tensor, not weights by name"),
+    "no weights": ({}, "has no named tensors; it holds nothing"),
+    "empty state dict": ({"state_dict": {}}, "has no named tensors; it holds state_dict"),
+    "list": (list(STATE.values()), "holds a list, not named weights"),
+    "one tensor": (torch.zeros(3), "holds a Tensor, not named weights"),
     "numbers among tensors": (with_("epoch", 3), r"mixes weights with 1 other values: epoch \(int\)"),
     "arrays": (
         {name: value.numpy() for name, value in STATE.items()},
-        "has no tensors by name; it holds patch_embed.proj.0.weight",
+        "has no named tensors; it holds patch_embed.proj.0.weight",
     ),
     "sparse": (with_("norm0.bias", torch.zeros(8).to_sparse()), "norm0.bias is sparse or quantized"),
 }

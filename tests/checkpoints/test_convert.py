@@ -162,13 +162,13 @@ def test_a_ratio_that_no_stage_holds_exactly(tmp_path, mlp_ratio):
     ("name", "out", "options", "message"),
     [
         ("dense", "x.safetensors", dict(to="classification"), "is a dense backbone .* it has no classifier to write"),
-        ("classification", "x.bin", dict(to="hf"), "the weights don't tell NAT from DiNAT: name the model type"),
-        ("dense", "hf", dict(to="hf"), "the weights don't tell NAT from DiNAT: name the model type"),
-        ("dense", "hf", dict(to="hf", model_type="dinat"), "the weights don't tell the dilations"),
+        ("classification", "x.bin", dict(to="hf"), "the weights don't tell NAT from DiNAT: choose the model type"),
+        ("dense", "hf", dict(to="hf"), "the weights don't tell NAT from DiNAT: choose the model type"),
+        ("dense", "hf", dict(to="hf", model_type="dinat"), "the weights don't contain the dilations"),
         ("dense s", "x.bin", dict(to="hf"), "transformers has no DiNAT_s"),
         ("dense", "x.onnx", dict(to="dense"), "x.onnx: expected a name that ends in .safetensors, .pth, .pt, .bin"),
         ("dense", "x.pth", dict(to="timm"), "to='timm': expected one of dense, classification, hf, mm"),
-        ("dense", "missing/x.pth", dict(to="dense"), "no folder .*missing to write x.pth into"),
+        ("dense", "missing/x.pth", dict(to="dense"), "no folder .*missing; can't create x.pth"),
         ("dense", "x.pth", dict(to="dense", kernel_size=4), "kernel_size=4: expected an odd number >= 3"),
     ],
 )
@@ -185,7 +185,7 @@ def test_what_mmengine_trained_keeps_its_type(tmp_path, trained, other):
     cfg = Config(dict(model=dict(backbone=dict(type=trained, init_cfg=dict(type="Pretrained", checkpoint="x.pth")))))
     weights = {f"backbone.{name}": value for name, value in MODELS["dense"]().state_dict().items()}
     torch.save({"state_dict": weights, "meta": dict(cfg=cfg.pretty_text)}, tmp_path / "in.pth")
-    with pytest.raises(ValueError, match=f"in.pth holds a {trained.lower()}, and a {other} has other dilations"):
+    with pytest.raises(ValueError, match=f"in.pth holds a {trained.lower()}, and a {other} has different dilations"):
         checkpoints.convert(tmp_path / "in.pth", tmp_path / "hf", "hf", model_type=other)
     assert not (tmp_path / "hf").exists()
     dilations = "detection" if trained == "DiNAT" else None
@@ -238,7 +238,7 @@ def test_converting_a_file_onto_itself(tmp_path):
     path = tmp_path / "x.safetensors"
     save(state, path)
     before = path.stat().st_mtime_ns
-    with pytest.raises(FileExistsError, match=r"x.safetensors exists; name another, or allow to replace it"):
+    with pytest.raises(FileExistsError, match=r"x.safetensors exists; choose another name, or allow overwriting"):
         checkpoints.convert(path, path, "dense")
     assert path.stat().st_mtime_ns == before
     checkpoints.convert(path, path, "dense", overwrite=True)
@@ -252,7 +252,7 @@ def test_what_a_file_would_lose_by_its_own_conversion(tmp_path, more):
     path = tmp_path / "x.pth"
     torch.save({"state_dict": tensors} | {name: value for name, value in more.items() if name == "optimizer"}, path)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=f"is what is read, and 1 of its parts, such as '{next(iter(more))}'"):
+    with pytest.raises(ValueError, match=f"overwrite the input and lose 1 entries .*, such as '{next(iter(more))}'"):
         checkpoints.convert(path, path, "dense", overwrite=True)
     assert path.read_bytes() == before
 
@@ -263,7 +263,7 @@ def test_a_folder_that_holds_what_is_read(tmp_path):
     folder.mkdir()
     save(state | {"neck.weight": torch.ones(2)}, folder / "model.safetensors")
     settings = dict(model_type="nat", overwrite=True)
-    with pytest.raises(ValueError, match=r"1 of its parts, such as 'neck.weight', are none of its new form"):
+    with pytest.raises(ValueError, match=r"lose 1 entries that the new format doesn't keep, such as 'neck.weight'"):
         checkpoints.convert(folder / "model.safetensors", folder, "hf", **settings)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model.safetensors").write_bytes(b"old")
@@ -273,7 +273,7 @@ def test_a_folder_that_holds_what_is_read(tmp_path):
 
 def test_dilations_without_a_config_to_write_them_into(tmp_path):
     save(MODELS["dense"]().state_dict(), tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match=r"dilations .* are for the config of a DiNAT"):
+    with pytest.raises(ValueError, match=r"dilations .* only apply to a DiNAT"):
         checkpoints.convert(tmp_path / "x.safetensors", tmp_path / "y.pth", "mm", dilations="classification")
 
 

@@ -180,8 +180,8 @@ def _empty_map(folder, index):
     [
         (lambda folder, index: None, None),
         (_missing_shard, "names 3 shards, 1 missing: model-00002-of-00003.safetensors"),
-        (_incomplete_shard, "which does not hold it"),
-        (_damaged_shard, "model-00002-of-00003.safetensors is damaged or not a safetensors file"),
+        (_incomplete_shard, "which does not contain it"),
+        (_damaged_shard, "model-00002-of-00003.safetensors is corrupt or not a safetensors file"),
         (_stray, "holds stray, which model.safetensors.index.json does not place there"),
         (_not_json, "is not an index of shards"),
         (_no_map, "is not an index of shards"),

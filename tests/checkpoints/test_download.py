@@ -114,7 +114,7 @@ def test_broken_connection_is_resumed(server, breaks):
 
 def test_a_later_call_resumes(server):
     server.faults = ["breaks off"] + [503] * (download.ATTEMPTS - 1)
-    with pytest.raises(ConnectionError, match=r"503 .*524,288 bytes are kept; the same command resumes there"):
+    with pytest.raises(ConnectionError, match=r"503 .*524,288 bytes are kept; run the command again to resume"):
         checkpoints.fetch(f"{server.url}/a/model.pth")
     assert cached(server) == ["model.pth.etag", "model.pth.partial"]
     assert checkpoints.fetch(f"{server.url}/a/model.pth", sha256=SHA).read_bytes() == CONTENT
@@ -157,7 +157,7 @@ def test_hash_in_the_file_name(server):
 
 
 def test_missing_file(server):
-    with pytest.raises(FileNotFoundError, match=r"/b.pth: the server answers 404 Not Found"):
+    with pytest.raises(FileNotFoundError, match=r"/b.pth: the server returned 404 Not Found"):
         checkpoints.fetch(f"{server.url}/b.pth")
     assert len(server.requests) == 1
     assert cached(server) == []
@@ -221,7 +221,7 @@ def test_files_of_the_home_folder(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint '~/mini\.pth'"):
         checkpoints.fetch("~/mini.pth")
     torch.save(dict(state_dict=saved, epoch=3), tmp_path / "whole.pth")
-    with pytest.raises(ValueError, match=r"is what is read, and 1 of its parts, such as 'epoch'"):
+    with pytest.raises(ValueError, match=r"would overwrite the input and lose 1 entries .*, such as 'epoch'"):
         checkpoints.convert("~/whole.pth", tmp_path / "whole.pth", "dense", overwrite=True)
 
 

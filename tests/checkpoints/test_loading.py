@@ -239,7 +239,7 @@ def test_several_backbones_need_a_prefix(tmp_path):
     with pytest.raises(ValueError, match=r"2 backbones in one file, under 'student.backbone.', 'teacher.backbone.'"):
         checkpoints.load(model, tmp_path / "semi.pth")
     with pytest.raises(
-        ValueError, match=r"no backbone under prefix='backbone.'; there is one under 'student.backbone.'"
+        ValueError, match=r"no backbone under prefix='backbone.'; the file has one under 'student.backbone.'"
     ):
         checkpoints.load(model, tmp_path / "semi.pth", prefix="backbone")
     report = checkpoints.load(model, tmp_path / "semi.pth", prefix="teacher.backbone")

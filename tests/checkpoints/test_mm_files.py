@@ -159,7 +159,7 @@ def test_a_detector_without_its_output_norms_is_damaged(tmp_path):
 def test_a_backbone_alone_is_not_a_detector(tmp_path):
     torch.save(NAT("nano").state_dict(), tmp_path / "backbone.pth")
     with pytest.raises(
-        ValueError, match=r"is a dense backbone .* name the file in the backbone, model.backbone.init_cfg"
+        ValueError, match=r"is a dense backbone .* give the file to the backbone, model.backbone.init_cfg"
     ):
         checkpoints.load(build(MASK_RCNN), tmp_path / "backbone.pth")
 
@@ -202,13 +202,13 @@ def test_init_cfg_of_a_part_accounts_for_every_tensor_of_it(tmp_path):
     assert set(report.used) == set(fresh.neck.state_dict())
     assert set(report.left_out.values()) == {"outside-backbone"}
     assert "the part 'neck' of a file" in str(report)
-    with pytest.raises(ValueError, match=r"nothing under prefix='head.'; there is 'backbone', 'neck', 'roi_head'"):
+    with pytest.raises(ValueError, match=r"nothing under prefix='head.'; the file has 'backbone', 'neck', 'roi_head'"):
         build(MASK_RCNN, neck=pretrained | dict(prefix="head")).init_weights()
     with pytest.raises(ValueError, match=r"the weights don't fit the model: 16 missing: lateral_convs.0.conv.weight"):
         build(MASK_RCNN, neck=pretrained | dict(prefix="rpn_head")).init_weights()
     with pytest.raises(
         ValueError,
-        match=r"FPN has 0 NAT, .* backbones; expected one.* another part of a model needs its prefix in the file",
+        match=r"FPN has 0 NAT, .* backbones; expected one.* any other part of a model needs its prefix in the file",
     ):
         build(MASK_RCNN, neck=pretrained | dict(prefix=None)).init_weights()
 

@@ -150,7 +150,7 @@ def test_a_file_that_differs_is_not_left_behind(tmp_path):
 def test_a_file_is_not_overwritten_unasked(tmp_path):
     path = tmp_path / "model.onnx"
     path.write_text("precious")
-    with pytest.raises(FileExistsError, match="exists; name another, or allow to replace it"):
+    with pytest.raises(FileExistsError, match="exists; choose another name, or allow overwriting"):
         export_onnx(nn.Identity().eval(), path, (8, 8))
     assert path.read_text() == "precious"
     assert export_onnx(nn.ReLU().eval(), path, (8, 8), overwrite=True).outputs == ("output",)
@@ -165,7 +165,7 @@ def test_a_file_is_not_overwritten_unasked(tmp_path):
         ({"image_size": (8,)}, r"image_size=\(8,\): expected a height and a width"),
         ({"model": nn.Conv2d(3, 4, 1).train()}, "the model is in training mode"),
         ({"model": nn.Conv2d(3, 4, 1).half().eval()}, "weight is torch.float16 on cpu; expected float32 on the CPU"),
-        ({"model": nn.Conv2d(4, 4, 1).eval()}, "torch.export can't take Conv2d"),
+        ({"model": nn.Conv2d(4, 4, 1).eval()}, "torch.export can't export Conv2d"),
         ({"output_names": ["a", "b"]}, r"output_names=\['a', 'b'\]: the model has 1 outputs"),
     ],
 )

@@ -132,8 +132,8 @@ def test_no_labels_leave_the_pooled_features():
         ("NatConfig", dict(out_features=["stage1"], out_indices=[2]), "should correspond to the same stages"),
         ("NatModel", dict(patch_size=16), "patch_size=16: the model only supports patch size of 4"),
         ("NatModel", dict(num_heads=[3, 2, 4]), r"hidden size \(16\) is not a multiple .* attention heads \(3\)"),
-        ("DinatModel", dict(dilations=[[1], [1]]), r"dilations has \[1, 1\] numbers a stage; .* depths=\[1, 2, 1\]"),
-        ("DinatModel", dict(dilations=[[1], [1], [1]]), r"dilations has \[1, 1, 1\] numbers a stage"),
+        ("DinatModel", dict(dilations=[[1], [1]]), r"dilations has \[1, 1\] numbers per stage; .* depths=\[1, 2, 1\]"),
+        ("DinatModel", dict(dilations=[[1], [1], [1]]), r"dilations has \[1, 1, 1\] numbers per stage"),
     ],
     ids=str,
 )

@@ -164,7 +164,7 @@ def test_command_writes_table_and_json(capsys, tmp_path):
         assert total[key] == sum(part[key] for part in parts.values())
     with pytest.raises(SystemExit, match="2"):
         get_flops([DETECTOR, "--shape", "32", "32", "--json", str(file)])
-    assert "cost.json exists; name another" in capsys.readouterr().err
+    assert "cost.json exists; choose another name" in capsys.readouterr().err
     assert json.loads(file.read_text()) == cost
     assert total["operations"] - total["macs"] == sum(total["by_kind"][kind] for kind in EXTRA_KINDS) > 0
 

@@ -57,7 +57,7 @@ class TestTool:
         command = [PSPNET, "--backbone", "nat-mini", "-o", str(out)]
         with pytest.raises(SystemExit, match="2"):
             load_tool("swap_backbone").main(command)
-        assert "config.py exists; name another, or allow to replace it" in capsys.readouterr().err
+        assert "config.py exists; choose another name, or allow overwriting" in capsys.readouterr().err
         options = ["--cfg-options", "optim_wrapper.optimizer.lr=nan"]
         with pytest.raises(SystemExit, match="2"):  # what is written can't be read
             load_tool("swap_backbone").main([*command, "--overwrite", *options])
