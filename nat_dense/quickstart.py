@@ -87,10 +87,10 @@ def prepare(data: Path, options: ShapesOptions, seed: int = 0, budget: float = 1
 
 
 def run(work_dir: Path, configs: dict[Task, Config], options: ShapesOptions) -> Path:
-    """Trains, evaluates and reports; what an earlier run with the same settings finished is used again.
+    """Trains, evaluates and reports; what an earlier run with the same settings finished is reused.
 
     Args:
-        work_dir: Where checkpoints, logs, pictures and report.html go, one folder a task.
+        work_dir: Where checkpoints, logs, pictures and report.html go, one folder per task.
         configs: As `prepare` returns.
         options: The shapes that the configs were prepared for.
 
@@ -112,7 +112,7 @@ def task_config(name: str, data: Path, seed: int = 0, budget: float = 1.0) -> Co
     """A config of configs/quickstart, for data in another folder and a training of another length.
 
     Raises:
-        ValueError: `budget` is no finite number or leaves fewer than 10 iterations.
+        ValueError: `budget` is not a finite number or leaves fewer than 10 iterations.
     """
     if not math.isfinite(budget):
         raise ValueError(f"budget={budget}: expected a number, such as 0.5 for half as many iterations")
@@ -152,20 +152,20 @@ class Training:
     data: ShapesOptions
 
     def settings(self) -> dict[str, Any]:
-        """What tells one run from another: the data, and all of the config but where it writes."""
+        """What tells one run from another: the data, and all of the config except where it writes."""
         text = Config({key: value for key, value in self.cfg.items() if key not in ("work_dir", "resume")}).pretty_text
         name, digest = Path(self.cfg.filename).name, hashlib.sha256(text.encode()).hexdigest()
         return {"config": name, "sha256": digest, "data": asdict(self.data)}
 
 
 def train(trainings: Sequence[Training], console: Console) -> list[dict[str, Any]]:
-    """Trains and evaluates side by side, a process and its share of the cores each, unless that was done before.
+    """Trains and evaluates side by side, one process and a share of the cores each, unless that was done before.
 
     Models this small can't keep many cores busy: two trainings of one thread each get further than one after the
-    other on two. What trains on when others have finished takes their cores. How many threads add up a sum changes
-    its last digits, so that the numbers of a seed come again only roughly.
+    other on two. A training that outlasts the others takes their cores. The number of threads that add up a sum
+    changes its last digits, so the same seed gives the same numbers only roughly.
 
-    A run that was interrupted goes on from its last checkpoint. A folder with another config's run is renamed, not
+    An interrupted run resumes from its last checkpoint. A folder with another config's run is renamed, not
     overwritten. MMEngine's own output goes to console.txt in the folder.
 
     Args:
@@ -177,7 +177,7 @@ def train(trainings: Sequence[Training], console: Console) -> list[dict[str, Any
         evaluating (since the last start, where it was `interrupted`), `parameters` and `backbone_parameters`.
 
     Raises:
-        BlockingIOError: another process trains in one of the folders.
+        BlockingIOError: another process is training in one of the folders.
     """
     with ExitStack() as locks:
         for training in trainings:
@@ -189,42 +189,42 @@ def train(trainings: Sequence[Training], console: Console) -> list[dict[str, Any
 
 
 def _lock(folder: Path) -> FileLock:
-    """Held by the process that trains in the folder; the system lets go of it with the process."""
+    """Held by the process that trains in the folder; the system releases it when the process ends."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise BlockingIOError(
-            f"another process trains in {folder}: wait for its end, or choose another --work-dir"
+            f"another process is training in {folder}: wait for it to end, or choose another --work-dir"
         ) from None
     return lock
 
 
 def _open_folder(training: Training, console: Console) -> bool:
-    """Makes the folder ready and says what is reused; whether anything is left to train."""
+    """Prepares the folder and says what is reused; returns whether anything is left to train."""
     cfg, folder = training.cfg, training.folder
     settings = training.settings()
     if folder.exists() and _read(folder / SETTINGS) != settings:
         kept = folder.with_name(f"{folder.name}-before-{time.strftime('%Y%m%d-%H%M%S')}")
         folder.rename(kept)
         _note_checkpoint(kept)
-        console.print(f"{folder} held a run with other settings: kept as {kept}")
+        console.print(f"{folder} held a run with different settings: kept as {kept}")
     if (folder / RESULT).is_file():
-        console.print(f"{folder} holds this very run, finished: used as it is")
+        console.print(f"{folder} holds this very run, finished: reused")
         return False
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / SETTINGS, settings)
     cfg.work_dir = str(folder)
     cfg.resume = _note_checkpoint(folder)
     if cfg.resume:
-        console.print(f"{folder} holds a part of this run: going on from its last checkpoint")
+        console.print(f"{folder} holds part of this run: resuming from its last checkpoint")
     console.print(f"{training.title}: loading (full log: {folder / 'console.txt'})")
     return True
 
 
 def _note_checkpoint(folder: Path) -> bool:
-    """Whether the folder has a checkpoint to go on from; mends MMEngine's note of it, which is an absolute path."""
+    """Whether the folder has a checkpoint to resume from; fixes MMEngine's note of it, which is an absolute path."""
     latest = latest_checkpoint(folder)
     if latest is not None:
         (folder / "last_checkpoint").write_text(str(latest.absolute()))  # as MMEngine does
@@ -277,7 +277,7 @@ def _show(message: Message, board: Board, lines: dict[str, ProgressLine]) -> Non
 
 
 def _share(cores: int, workers: int) -> int:
-    """Threads for each of some workers, no more than torch takes by itself, which minds OMP_NUM_THREADS."""
+    """Threads for each of some workers, no more than torch takes by itself, which respects OMP_NUM_THREADS."""
     return min(torch.get_num_threads(), cores // max(1, workers))
 
 
@@ -293,7 +293,7 @@ def _start_worker(threads: ctypes.c_int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this process when the one that started it is gone, however that ended."""
+    """Ends this process when the one that started it has ended, however it did."""
 
     def wait_and_end() -> None:
         if parent := multiprocessing.parent_process():
@@ -351,12 +351,12 @@ class _Watch(Hook):
             runner.logger.info("Going on with %d threads", threads)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Tells of one iteration."""
+        """Reports one iteration."""
         note = f"loss {float(outputs['loss'].detach()):.3f}"
         self.messages.put((self.title, "training", runner.iter + 1, runner.max_iters, note))
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Tells of one batch of the evaluation."""
+        """Reports one batch of the evaluation."""
         doing = f"evaluating after {runner.iter} iterations"
         self.messages.put((self.title, doing, batch_idx + 1, len(runner.val_dataloader), ""))
 

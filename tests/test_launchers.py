@@ -85,7 +85,7 @@ def test_two_processes_train_and_evaluate_a_segmentor(tmp_path):
     options = ade_options(write_ade(tmp_path / "ade", train=4, val=3))
     run = launch("dist_train.sh", SEGMENTOR, "2", "--work-dir", str(tmp_path / "run"), "--cfg-options", *options)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("exchange gradients by gloo") == 1
+    assert run.stdout.count("exchange gradients through gloo") == 1
     lines = scalars(tmp_path / "run")
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
     assert len([line for line in lines if "mIoU" in line]) == 1

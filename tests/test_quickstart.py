@@ -114,7 +114,7 @@ def test_a_second_run_uses_what_is_finished(root, capsys):
     before = [file.stat().st_mtime_ns for file in files]
     run(root)
     assert [file.stat().st_mtime_ns for file in files] == before
-    assert capsys.readouterr().out.count("finished: used as it is") == 2
+    assert capsys.readouterr().out.count("finished: reused") == 2
 
 
 def test_an_interrupted_run_is_finished(root, capsys):
@@ -123,7 +123,7 @@ def test_an_interrupted_run_is_finished(root, capsys):
     (root / "work" / "segmentation" / "result.json").unlink()
     run(root)
     after = result(root, "segmentation")
-    assert "going on from its last checkpoint" in capsys.readouterr().out
+    assert "resuming from its last checkpoint" in capsys.readouterr().out
     assert after["metrics"] == pytest.approx(before["metrics"])
     assert after["iterations"] == ITERATIONS["segmentation"]
 
@@ -137,7 +137,7 @@ def test_a_run_killed_around_a_checkpoint_goes_on(root, capsys):
         if note:
             (folder / "last_checkpoint").write_text(note)
         run(root)
-        assert "going on from its last checkpoint" in capsys.readouterr().out
+        assert "resuming from its last checkpoint" in capsys.readouterr().out
         assert result(root, "segmentation")["interrupted"]
 
 
@@ -152,7 +152,7 @@ def test_other_data_keep_the_earlier_run(root, tmp_path, capsys, monkeypatch):
     finally:
         shutil.rmtree(root / "data")
         shutil.move(root / "data-of-24", root / "data")
-    assert "held a run with other settings: kept as" in " ".join(capsys.readouterr().out.split())
+    assert "held a run with different settings: kept as" in " ".join(capsys.readouterr().out.split())
     (kept,) = (tmp_path / "work").glob("segmentation-before-*")
     last = kept / f"iter_{ITERATIONS['segmentation']}.pth"
     assert latest_checkpoint(kept) == last
@@ -163,7 +163,7 @@ def test_two_runs_do_not_share_a_folder(root, capsys):
     with FileLock(root / "work" / ".segmentation.lock"), pytest.raises(SystemExit) as stop:
         run(root)
     assert stop.value.code == 2
-    assert "quickstart.py: error: another process trains in" in capsys.readouterr().err
+    assert "quickstart.py: error: another process is training in" in capsys.readouterr().err
     run(root)  # the first has ended
 
 
@@ -219,7 +219,7 @@ def test_other_settings_keep_the_earlier_run(root, capsys, monkeypatch):
     (kept,) = (root / "work").glob("segmentation-before-*")
     assert json.loads((kept / "result.json").read_text()) == before
     assert (kept / f"iter_{ITERATIONS['segmentation']}.pth").is_file()
-    assert "held a run with other settings: kept as" in " ".join(capsys.readouterr().out.split())
+    assert "held a run with different settings: kept as" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_other_settings_keep_the_earlier_run(root, capsys, monkeypatch):
         (["--budget", "0.001"], f"budget=0.001 leaves {round(FULL / 1000)} of {FULL} iterations: expected >= 10"),
         (["--budget", "nan"], "budget=nan: expected a number"),
         (["--seed", "-1"], "seed=-1: expected a whole number from 0 to 4294967295"),
-        (["--work-dir", __file__], "a file is in its place; name a directory"),
+        (["--work-dir", __file__], "this is a file; choose a directory"),
         (["--work-dir", f"{__file__}/below"], "Not a directory"),
         (["--train", "0"], "train=0: expected a whole number of at least 1"),
         (["--val", "7"], "holds a shapes set made with"),

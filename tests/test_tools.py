@@ -132,7 +132,7 @@ def test_predictions_beside_a_metric_for_each_dataset(tmp_path):
     metrics = [dict(type="CocoMetric", ann_file="a.json"), dict(type="CocoMetric", ann_file="b.json")]
     evaluator = dict(type="MultiDatasetsEvaluator", metrics=metrics, dataset_prefixes=["a", "b"])
     cfg = Config(dict(default_scope="mmdet", test_evaluator=evaluator))
-    with pytest.raises(ValueError, match=r"MultiDatasetsEvaluator has a metric a dataset, .* one by one"):
+    with pytest.raises(ValueError, match=r"MultiDatasetsEvaluator has one metric per dataset, .* separately"):
         set_out(cfg, str(tmp_path / "x.pkl"))
     assert cfg.test_evaluator == ConfigDict(evaluator)
 
@@ -277,7 +277,7 @@ def test_a_finished_run_says_so(segmentor, capsys):
     train([SEGMENTOR, "--resume", "--work-dir", str(run), "--cfg-options", *options])
     told = capsys.readouterr().out
     assert "is the end of its run (iter 2 of 2): nothing is left to train. With a larger train_cfg.max_iters" in told
-    assert "in the run that is resumed" not in told
+    assert "the resumed run keeps" not in told
 
 
 def test_predictions_of_a_segmentor_are_not_overwritten(segmentor, tmp_path, capsys):
@@ -364,7 +364,7 @@ def test_options_reach_the_config(tmp_path, capsys):
         (["no/such/config.py"], "no config 'no/such/config.py'"),
         ([DETECTOR, "--resume", "no/such.pth"], "no checkpoint 'no/such.pth': neither a file"),
         (["mmdet::mask_rcnn/mask-rcnn_r51_fpn_1x_coco.py"], "mask-rcnn_r50_fpn_1x_coco.py"),
-        ([str(REPOSITORY / "README.md")], "README.md' is no config: expected a name that ends in .py, .yml, .yaml,"),
+        ([str(REPOSITORY / "README.md")], "README.md' is not a config: expected a name that ends in .py, .yml, .yaml,"),
         (["mmpose::x/y.py"], "unknown library 'mmpose'"),
         ([DETECTOR, "--cfg-options", "train_dataloder.batch_size=1"], "Did you mean 'train_dataloader'?"),
         ([DETECTOR, "--cfg-options", "model.backbone.arch=tinny"], "arch='tinny'"),

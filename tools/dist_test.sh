@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Evaluates in several processes: one a GPU, or as many as you like without GPUs. On several machines with NNODES,
-# NODE_RANK, MASTER_ADDR and PORT set on each.
+# Evaluates in several processes: one per GPU, or as many as you like without GPUs. For several machines, set NNODES,
+# NODE_RANK, MASTER_ADDR and PORT on each.
 # Usage: tools/dist_test.sh CONFIG CHECKPOINT PROCESSES [options of test.py]
 set -euo pipefail
 if [ $# -lt 3 ]; then sed -n 4p "$0" >&2; exit 2; fi

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains in several processes: one a GPU, or as many as you like without GPUs. On several machines with NNODES,
-# NODE_RANK, MASTER_ADDR and PORT set on each.
+# Trains in several processes: one per GPU, or as many as you like without GPUs. For several machines, set NNODES,
+# NODE_RANK, MASTER_ADDR and PORT on each.
 # Usage: tools/dist_train.sh CONFIG PROCESSES [options of train.py]
 set -euo pipefail
 if [ $# -lt 2 ]; then sed -n 4p "$0" >&2; exit 2; fi

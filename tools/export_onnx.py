@@ -45,7 +45,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    # The exporter warns of optional packages and of every step that it leaves out.
+    # The exporter warns about optional packages and every step that it leaves out.
     for name in ("torch.onnx", "onnxscript"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with one_line_errors("export_onnx.py"):

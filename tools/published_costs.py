@@ -26,7 +26,7 @@ def count_published() -> dict[Published, Cost]:
 
 
 def markdown_table(costs: Mapping[Published, Cost]) -> str:
-    """One line a row: parameters in 10^6, operations in 10^9."""
+    """One line per row: parameters in 10^6, operations in 10^9."""
     header = ("method", "backbone", "H x W", "params", "published", *COLUMNS, "total", "published")
     lines = [_line(header), _line(["---"] * 3 + ["--:"] * (len(header) - 3))]
     for row, cost in costs.items():

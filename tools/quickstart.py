@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from nat_dense.quickstart import prepare, run
 
         if args.work_dir.exists() and not args.work_dir.is_dir():
-            raise ValueError(f"--work-dir {args.work_dir}: a file is in its place; name a directory")
+            raise ValueError(f"--work-dir {args.work_dir}: this is a file; choose a directory")
         args.work_dir.mkdir(parents=True, exist_ok=True)  # where that fails, before anything is drawn
         options = ShapesOptions(args.train, args.val, args.size)
         configs = prepare(args.data, options, args.seed, args.budget)

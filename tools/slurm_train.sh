@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains under Slurm: one task a GPU. GPUS (8), GPUS_PER_NODE (8), CPUS_PER_TASK (5) and SRUN_ARGS may be set.
+# Trains under Slurm: one task per GPU. GPUS (8), GPUS_PER_NODE (8), CPUS_PER_TASK (5) and SRUN_ARGS may be set.
 # Usage: tools/slurm_train.sh PARTITION JOB_NAME CONFIG [options of train.py]
 set -euo pipefail
 if [ $# -lt 3 ]; then sed -n 3p "$0" >&2; exit 2; fi

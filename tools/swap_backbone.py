@@ -26,7 +26,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     if not args.backbone:
-        parser.error("--backbone is missing: say what to put under the model")
+        parser.error("--backbone is missing: choose the backbone to put under the model")
     return args
 
 

@@ -95,7 +95,7 @@ def _mean_colours(root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pictures(root: Path, split: str) -> Iterator[tuple[np.ndarray, list[tuple[dict, np.ndarray]]]]:
-    """Each picture [H, W, 3] (BGR, 0..1), and its things but crowds with their masks [H, W] (bool)."""
+    """Each picture [H, W, 3] (BGR, 0..1), and its things except crowds, with their masks [H, W] (bool)."""
     coco = json.loads((root / "annotations" / f"instances_{split}.json").read_text(encoding="utf-8"))
     grouped = defaultdict(list)
     for annotation in coco["annotations"]:
@@ -113,7 +113,7 @@ def _pictures(root: Path, split: str) -> Iterator[tuple[np.ndarray, list[tuple[d
 def _read(path: Path, flags: int) -> np.ndarray:
     image = cv2.imread(str(path), flags)
     if image is None:
-        raise FileNotFoundError(f"{path} is missing or no picture")
+        raise FileNotFoundError(f"{path} is missing or not a picture")
     return image
 
 

@@ -1,7 +1,7 @@
 """Draws one labelled picture: textured ground, things of six shapes, and others that belong to no class.
 
 The outline decides the class. Each class also has a usual colour and a usual texture, as things in the world do, but a
-share of its things looks otherwise, and clutter, which is of no class, may look like a thing of any: neither colour nor
+share of its things looks different, and clutter, which is of no class, may look like a thing of any: neither colour nor
 texture is enough. Sizes, angles, proportions, contrast, light and noise vary, and things cover one another.
 """
 
@@ -22,12 +22,12 @@ USUAL_COLOUR, USUAL_TEXTURE = 0.85, 0.6  # shares of a class's things that have 
 MIMICRY = 0.3  # share of clutter that is coloured and textured like a thing
 SCALE = (0.15, 0.55)  # diameter of a thing as a fraction of the picture's side, log-uniform
 THINGS = (3, 8)  # per picture; one that finds no place is left out
-MIN_VISIBLE = 0.35  # no thing is covered more than this leaves open
+MIN_VISIBLE = 0.35  # at least this share of every thing stays uncovered
 GATHERING = 0.4  # share of things that are put beside another one, so that they touch or overlap
 MIN_CONTRAST = (12.0, 60.0)  # the least CIELAB distance of a thing from what it lies on is drawn from this range
 DIFFERENCE = (0.05, 0.4)  # between the two colours of a texture, 1 being black to white
 GROUND_DIFFERENCE = (0.0, 0.2)
-FAINT = 0.2  # share of things that have just that least contrast
+FAINT = 0.2  # share of things that have only that least contrast
 CROWD_PROBABILITY = 0.12  # of a swarm of tiny things, labelled as one crowd
 SUPERSAMPLING = 4
 NOBODY = -1
@@ -41,7 +41,7 @@ class Thing:
 
     Attributes:
         category: Index into CLASSES.
-        mask: [H, W], bool: the pixels of it that can be seen.
+        mask: [H, W], bool: its visible pixels.
         occlusion: Share of its own area that others or the picture's border hide, 0 to 1.
         crowd: Whether it is a swarm of things too small to label one by one.
     """
@@ -89,7 +89,7 @@ def draw_single(rng: np.random.Generator, size: int, outline: str) -> np.ndarray
 
 
 class _Canvas:
-    """The picture as it grows, and whose each pixel is."""
+    """The picture as it grows, and which thing each pixel belongs to."""
 
     def __init__(self, rng: np.random.Generator, size: int) -> None:
         self.rng = rng
@@ -211,7 +211,7 @@ class _Patch:
         rows, columns: Slices of the picture.
         alpha: [rows, columns], float32 in 0..1: coverage.
         solid: [rows, columns], bool: the pixels that count as its own.
-        area: Pixels of the whole outline, also outside the picture.
+        area: Pixels of the whole outline, including those outside the picture.
     """
 
     def __init__(self, outline: Outline, centre: np.ndarray, size: int) -> None:
@@ -234,7 +234,7 @@ class _Patch:
 
 
 def _outline(rng: np.random.Generator, name: str) -> Outline:
-    """A shape with its own proportions drawn, before it is turned and stretched."""
+    """A shape with randomly drawn proportions, before it is turned and stretched."""
     if name == "disc":
         return [_circle()]
     if name == "square":
@@ -279,7 +279,7 @@ def _placed(rng: np.random.Generator, outline: Outline, diameter: float) -> Outl
 
 
 def _ground_colour(rng: np.random.Generator) -> np.ndarray:
-    """Of a muted tone; things and clutter may have any, this one too."""
+    """A muted colour; things and clutter may have any, including this one."""
     return (rng.uniform(0.2, 0.8) + rng.uniform(-0.15, 0.15, 3)).astype(np.float32)
 
 
@@ -290,7 +290,7 @@ def _usual_colour(rng: np.random.Generator, category: int) -> np.ndarray:
 
 
 def _colour_unlike(rng: np.random.Generator, other: np.ndarray) -> np.ndarray:
-    """A colour at some least distance from another, so that what is drawn can be seen, if only just."""
+    """A colour at some minimum distance from another, so that what is drawn can be seen, if only just."""
     least = rng.uniform(*MIN_CONTRAST)
     candidates = rng.uniform(0.05, 0.95, (64, 3)).astype(np.float32)
     distances = np.linalg.norm(lab(candidates) - lab(other[None]), axis=1)

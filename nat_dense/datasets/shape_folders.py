@@ -1,9 +1,9 @@
-"""Ten classes of shapes for classification, generated: a folder a class, as image-folder data sets are.
+"""Ten classes of shapes for classification, generated: one folder per class, as in image-folder data sets.
 
     python -m nat_dense.datasets.shape_folders OUT --train 200 --val 40 --size 64 --seed 0
 
-writes OUT/{train,validation}/<class>/*.png, so many pictures a class, of one thing each. Textures, light and noise are
-those of the shapes set. The same seed gives the same bytes.
+writes OUT/{train,validation}/<class>/*.png, that many pictures per class, of one thing each. Textures, light and noise
+are those of the shapes set. The same seed gives the same bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def generate(out: str | Path, train: int = 200, val: int = 40, size: int = 64, s
 
     Args:
         out: A folder that doesn't exist yet.
-        train, val: Pictures a class.
+        train, val: Pictures per class.
         size: Side of a picture in pixels.
 
     Raises:
@@ -50,8 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to make")
     for name, default, what in (
-        ("train", 200, "training pictures a class"),
-        ("val", 40, "validation pictures a class"),
+        ("train", 200, "training pictures per class"),
+        ("val", 40, "validation pictures per class"),
         ("size", 64, "side of a picture in pixels"),
         ("seed", 0, "the same seed gives the same bytes"),
     ):

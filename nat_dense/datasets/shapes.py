@@ -1,4 +1,4 @@
-"""The shapes data set, generated: no download, labelled exactly, as hard as you like to look at.
+"""The shapes data set, generated: no download, exact labels.
 
     python -m nat_dense.datasets.shapes OUT --train 6400 --val 200 --size 128 --seed 0
 
@@ -30,7 +30,7 @@ from nat_dense.datasets.outlines import mask_to_box, mask_to_polygons, mask_to_r
 from nat_dense.datasets.scene import CLASSES, Scene, Thing, draw_scene
 from nat_dense.progress import progress
 
-VERSION = 1  # raised whenever the same options give other bytes
+VERSION = 1  # raised whenever the same options give different bytes
 SPLITS = ("training", "validation")
 MIN_SIZE = 48  # pixels: below it the smallest things have fewer than 6
 SEMANTIC_CLASSES = ("ground", *CLASSES)

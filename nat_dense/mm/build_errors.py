@@ -1,4 +1,4 @@
-"""Which part of a model's config it is that can't be built; MMEngine names the type or the field, but not its place."""
+"""Finds the part of a model's config that can't be built; MMEngine names the type or the field, but not its place."""
 
 import re
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ OF_NO_REGISTRY = ("init_cfg", "nms", "roi_layer")
 
 
 LAYERS = ("norm_cfg", "conv_cfg", "act_cfg", "upsample_cfg")
-"""How the parts are called that MMCV makes layers of."""
+"""How the names of the parts end that MMCV builds layers from."""
 
 
 @contextmanager
 def naming_parts(model: dict) -> Iterator[None]:
-    """Where the block fails to build this model, says in which part of its config the reason is, as far as it is known.
+    """If the block fails to build this model, says which part of its config is at fault, where that is known.
 
     Raises:
         ValueError: the block raised any exception.
@@ -33,7 +33,7 @@ def naming_parts(model: dict) -> Iterator[None]:
 
 
 def _blame_part(model: dict, message: str) -> None:
-    """Raises ValueError where a part has the type that was not found, or the field that was not expected."""
+    """Raises ValueError if a part has the type that was not found, or the field that was not expected."""
     registry = TASK_UTILS if "task util" in message else MODELS
     unexpected = re.search(r"unexpected keyword argument '(\w+)'", message)
     for name, node in parts_of(model):
@@ -46,14 +46,14 @@ def _blame_part(model: dict, message: str) -> None:
 
 
 def _says_unknown(message: str, name: str, given: Any) -> bool:
-    """Whether a message is MMEngine's, which names the type, or MMCV's of a layer's, which does not."""
+    """Whether a message is MMEngine's, which names the type, or MMCV's about a layer, which doesn't."""
     return message.startswith(f"{given} is not in the ") or (
         message.startswith("Cannot find None in registry") and name.endswith(LAYERS)
     )
 
 
 def parts_of(model: dict) -> Iterator[tuple[str, dict]]:
-    """The parts of a model that have types, and where they stand, but for those that no registry builds."""
+    """The parts of a model that have a type, with their places; not those that no registry builds."""
     for name, node in dicts_in(model, "model", lambda place, _: _is_built(place)):
         if "type" in node and _is_built(name):
             yield name, node

@@ -1,4 +1,4 @@
-"""How many channels the images of a model have: its preprocessor's statistics say so, else its backbone."""
+"""How many channels a model's images have, by its preprocessor's statistics or else its backbone."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Checkpoints for a config's model: read without running their code, and whether they fit."""
+"""Checkpoints for a config's model: reads them without running their code, and checks that they fit."""
 
 import itertools
 import os
@@ -19,7 +19,7 @@ def refuse_pickled_code(*, trust: bool = False) -> None:
     """Makes this process refuse checkpoints that hold more than data, whoever loads them.
 
     MMEngine falls back to full unpickling, which runs whatever code a file brings along. Its files and URLs go through
-    `nat_dense.checkpoints` from now on; for every other `torch.load` an environment variable of PyTorch stops it.
+    `nat_dense.checkpoints` from now on; an environment variable of PyTorch prevents it in every other `torch.load`.
 
     Args:
         trust: whether the files that MMEngine loads are exempt (`--trust`).
@@ -44,7 +44,7 @@ def check_fits(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
         checkpoint: what `nat_dense.checkpoints.read` returned.
 
     Returns:
-        Warnings where the checkpoint holds more than the model needs, or was trained with other dilations.
+        Warnings where the checkpoint holds more than the model needs, or was trained with different dilations.
 
     Raises:
         ValueError: weights are missing or have another shape; the first ones are named.
@@ -56,18 +56,18 @@ def check_fits(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
     unused = [name for name in found if name not in expected]
     missing = [name for name in expected if name not in found]
     if missing and all(f"backbone.{name}" in expected for name in found):
-        raise ValueError(f"{source!r} holds a backbone alone; expected the weights of the whole model.")
+        raise ValueError(f"{source!r} holds only a backbone; expected the weights of the whole model.")
     if missing:
         instead = f", and has {unused[0]!r} instead" if unused else ""
         raise ValueError(
-            f"{source!r} is of another model: it lacks {len(missing)} of {len(expected)} weights, such as "
+            f"{source!r} belongs to another model: it lacks {len(missing)} of {len(expected)} weights, such as "
             f"{missing[0]!r}{instead}. {advice}"
         )
     for name, weight in expected.items():
         if found[name].shape != weight.shape:
             raise ValueError(
-                f"{source!r} is of another model: {name!r} has shape {tuple(found[name].shape)}, this config's model "
-                f"needs {tuple(weight.shape)}. {advice}"
+                f"{source!r} belongs to another model: {name!r} has shape {tuple(found[name].shape)}, this config's "
+                f"model needs {tuple(weight.shape)}. {advice}"
             )
     notices = (
         [f"{source!r}: {len(unused)} weights are not used by this model, such as {unused[0]!r}."] if unused else []
@@ -76,7 +76,7 @@ def check_fits(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
 
 
 def _notes_of_dilations(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
-    """Tells where a backbone of ours has other dilations than the weights were trained with, which fit all the same."""
+    """Reports dilations of our backbone that differ from those the weights were trained with; they fit all the same."""
     backbones = [module for module in model.modules() if isinstance(module, NeighborhoodBackbone)]
     origin = origin_of(checkpoint)
     if len(backbones) != 1 or origin is None:
@@ -85,27 +85,27 @@ def _notes_of_dilations(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
     if trained in (None, ours):
         return []
     return [
-        f"{str(checkpoint.path)!r} was trained as {origin.family} with dilations {_readable(trained)}, and this model "
-        f"has {_readable(ours)}: its results will be others."
+        f"{str(checkpoint.path)!r} was trained as {origin.family} with dilations {_readable(trained)}, but this model "
+        f"has {_readable(ours)}: results will differ."
     ]
 
 
 def check_classes(
     model: Mapping[str, Any], source: Source | None, checkpoint: Checkpoint, *, keeps_order: bool = True
 ) -> list[str]:
-    """Checks that a checkpoint was trained with a dataset's classes, where it names those that it was trained with.
+    """Checks that a checkpoint was trained with a dataset's classes, if it names those that it was trained with.
 
     Args:
-        model: the model's config; one that matches texts knows no order of classes.
-        source: the dataset; None where there is none that is known.
+        model: the model's config; a model that matches texts has no order of classes.
+        source: the dataset; None if it isn't known.
         checkpoint: what `nat_dense.checkpoints.read` returned.
-        keeps_order: whether the model's outputs must go on meaning the same; not where training starts from weights.
+        keeps_order: whether the model's outputs must keep their meaning; not if training starts from the weights.
 
     Returns:
-        A sentence for the user where the classes differ.
+        A note for the user if the classes differ.
 
     Raises:
-        ValueError: they are the same ones in another order, so that predictions would be taken for other classes.
+        ValueError: they are the same in another order, so predictions would be assigned to the wrong classes.
     """
     meta = checkpoint.extras.get("meta")
     named = meta.get("dataset_meta") if isinstance(meta, Mapping) else None
@@ -119,11 +119,11 @@ def check_classes(
     pairs = enumerate(itertools.zip_longest(trained, ours))
     number, (there, here) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
     difference = (
-        f"{str(checkpoint.path)!r} was trained with {'another order of' if is_permuted else 'other'} classes than "
-        f"{source.name} has: number {number} is {there!r} there and {here!r} here"
+        f"{str(checkpoint.path)!r} was trained with {'another order of' if is_permuted else 'different'} classes than "
+        f"{source.name} has: class {number} is {there!r} there and {here!r} here"
     )
     if is_permuted and keeps_order:
-        raise ValueError(f"{difference}: predictions would be taken for other classes. Give both one order.")
+        raise ValueError(f"{difference}: predictions would be assigned to the wrong classes. Give both the same order.")
     return [f"{difference}."]
 
 
@@ -132,14 +132,14 @@ def _readable(dilations: Sequence[Sequence[int]]) -> str:
 
 
 def check_start(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
-    """Tells what weights to start from (`load_from`) leave untouched: MMEngine loads those that fit and goes on.
+    """Reports what the weights to start from (`load_from`) leave out: MMEngine loads those that fit and goes on.
 
     Args:
         model: the model that the weights are for.
         checkpoint: what `nat_dense.checkpoints.read` returned.
 
     Returns:
-        Sentences for the user, about weights that start afresh and about those that are not used.
+        Notes for the user on weights that keep their initial values and on those that are not used.
 
     Raises:
         ValueError: no weight fits.
@@ -151,10 +151,10 @@ def check_start(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
     unused = [name for name in found if name not in expected]
     if len(fresh) == len(expected):
         raise ValueError(
-            f"load_from={source!r}: none of its {len(found)} weights, such as {next(iter(found))!r}, is one of this "
-            "model's. Weights of a backbone alone belong into model.backbone.init_cfg=dict(type='Pretrained', "
+            f"load_from={source!r}: none of its {len(found)} weights, such as {next(iter(found))!r}, fits this "
+            "model. Weights of only a backbone belong in model.backbone.init_cfg=dict(type='Pretrained', "
             "checkpoint=...)."
         )
-    notices = [f"{len(fresh)} of {len(expected)} weights start afresh: {listing(fresh)}"] if fresh else []
+    notices = [f"{len(fresh)} of {len(expected)} weights keep their initial values: {listing(fresh)}"] if fresh else []
     notices += [f"{len(unused)} of its weights are not used: {listing(unused)}"] if unused else []
     return [f"load_from={source!r}: {notice}." for notice in notices] + _notes_of_dilations(model, checkpoint)

@@ -1,4 +1,4 @@
-"""COCO annotation files: what MMDetection takes for granted about them is checked here."""
+"""Checks what MMDetection takes for granted about COCO annotation files."""
 
 import json
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ REQUIRED = {
     "annotations": ("id", "image_id", "category_id", "bbox", "area"),
     "categories": ("id", "name"),
 }
-"""The lists of an instances file, and the keys that MMDetection reads of each entry without a default."""
+"""The lists of an instances file, and the keys that MMDetection reads from each entry without a default."""
 
 BEYOND = 0.2
-"""From this share of boxes that reach beyond their image on, they may be of another form."""
+"""If more than this share of boxes reach beyond their image, their format may be another one."""
 
 
 def check_coco_file(file: Path, name: str, masks: bool, annotated: bool = True) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def check_coco_file(file: Path, name: str, masks: bool, annotated: bool = True) 
 
 
 def _check_entries(content: dict[str, Any], where: str) -> None:
-    """Checks the values that MMDetection relies on: references, boxes, and ids that are there once."""
+    """Checks the values that MMDetection relies on: references, boxes, and unique ids."""
     if not content["images"]:
         raise ValueError(f"{where} lists no images.")
     images, categories = (_ids(content, key, where) for key in ("images", "categories"))
@@ -77,7 +77,7 @@ def _check_entries(content: dict[str, Any], where: str) -> None:
         if annotation.get("ignore"):  # MMDetection passes it over
             continue
         if annotation["id"] in seen:
-            raise ValueError(f"{where}: annotations[{i}] has the id {annotation['id']!r} of another one.")
+            raise ValueError(f"{where}: annotations[{i}] has the same id as another one: {annotation['id']!r}.")
         seen.add(annotation["id"])
         box = annotation["bbox"]
         if not isinstance(box, list) or len(box) != 4 or not all(isinstance(x, (int, float)) for x in box):
@@ -89,31 +89,31 @@ def _check_entries(content: dict[str, Any], where: str) -> None:
 
 
 def _as_text(given: Any, known: set[Any]) -> str:
-    """What to add where an id is text at one place and a number at the other."""
+    """What to add if an id is text in one place and a number in the other."""
     return next((f" (there is {other!r})" for other in known if str(other) == str(given)), "")
 
 
 def _ids(content: dict[str, Any], key: str, where: str) -> set[Any]:
-    """The ids of images or categories; MMDetection takes the last of equal ones for all of them.
+    """The ids of images or categories; of entries with the same id, MMDetection uses the last for all.
 
-    An image that stands there twice, the same each time, is one to it.
+    An image that is listed twice with the same fields counts as one.
     """
     first: dict[Any, int] = {}
     for i, entry in enumerate(content[key]):
         other = first.setdefault(entry["id"], i)
         if other != i and (key != "images" or entry != content[key][other]):
-            raise ValueError(f"{where}: {key}[{i}] has the id {entry['id']!r} of {key}[{first[entry['id']]}].")
+            raise ValueError(f"{where}: {key}[{i}] has the same id as {key}[{first[entry['id']]}]: {entry['id']!r}.")
     return set(first)
 
 
 def of_classes(content: dict[str, Any], classes: Sequence[str]) -> dict[str, Any]:
-    """The content with the annotations of these classes alone, as MMDetection reads it; all where none is named."""
+    """The content with only the annotations of these classes, as MMDetection reads it; all if none is given."""
     ids = {category["id"] for category in content["categories"] if not classes or category["name"] in classes}
     return content | dict(annotations=[a for a in content["annotations"] if a["category_id"] in ids])
 
 
 def check_boxes(content: dict[str, Any], where: str) -> list[str]:
-    """Tells of boxes that MMDetection trains without: smaller than a pixel, or outside their image.
+    """Reports boxes that MMDetection leaves out of training: smaller than a pixel, or outside their image.
 
     Args:
         content: what `check_coco_file` returned.
@@ -123,13 +123,13 @@ def check_boxes(content: dict[str, Any], where: str) -> list[str]:
         Warnings for the user.
 
     Raises:
-        ValueError: there are no others, as where boxes are fractions of the image, or all are of crowds.
+        ValueError: no others are left, for example because boxes are fractions of the image, or all are crowds.
     """
     sizes = _sizes(content)
     counted = [annotation for annotation in content["annotations"] if not annotation.get("ignore")]
     if counted and all(annotation.get("iscrowd") for annotation in counted):
         raise ValueError(
-            f"{where}: all {len(counted)} annotations are of crowds (iscrowd=1), which MMDetection learns nothing from."
+            f"{where}: all {len(counted)} annotations are crowds (iscrowd=1), on which MMDetection doesn't train."
         )
     fits = [_is_trained_with(a, *sizes[a["image_id"]]) for a in counted]
     trained = [a for a, fit in zip(counted, fits, strict=True) if fit]
@@ -147,17 +147,17 @@ def check_boxes(content: dict[str, Any], where: str) -> list[str]:
     first = left_out[0]
     size = "x".join(map(str, sizes[first["image_id"]]))
     example = f"{first['bbox']} (id {first['id']!r}) on {size} pixels"
-    found = f"smaller than a pixel, of area 0 or outside their image, such as {example}"
+    found = f"smaller than a pixel, with area 0 or outside their image, such as {example}"
     if len(left_out) == len(counted):
         raise ValueError(f"{where}: all {len(counted)} boxes are {found}: expected [x, y, width, height] in pixels.")
     return [*notices, f"{where}: {len(left_out)} of {len(counted)} boxes are left out: {found}."]
 
 
 def check_outlines(content: dict[str, Any], where: str) -> list[str]:
-    """Tells of outlines without area, with which MMDetection leaves out the whole object; arguments as `check_boxes`.
+    """Reports outlines without area, whose objects MMDetection leaves out entirely; arguments as in `check_boxes`.
 
     Raises:
-        ValueError: there are no others, or one is empty or none at all, on which MMDetection fails amid an epoch.
+        ValueError: no others are left, or one is empty or not an outline, on which MMDetection fails in mid-epoch.
     """
     sizes = _sizes(content)
     counted = [a for a in content["annotations"] if not a.get("ignore")]
@@ -168,8 +168,8 @@ def check_outlines(content: dict[str, Any], where: str) -> list[str]:
         )
         if not is_readable and _is_trained_with(annotation, *sizes[annotation["image_id"]]):
             raise ValueError(
-                f"{where}: the annotation of id {annotation['id']!r} has the segmentation {str(outline)[:80]}, on "
-                "which MMDetection fails. Take it out, or give it an outline: [[x1, y1, x2, y2, x3, y3, ...]]."
+                f"{where}: the annotation with id {annotation['id']!r} has the segmentation {str(outline)[:80]}, on "
+                "which MMDetection fails. Remove it, or give it an outline: [[x1, y1, x2, y2, x3, y3, ...]]."
             )
     outlines = [a for a in counted if isinstance(a.get("segmentation"), list)]
     empty = [a for a in outlines if a["segmentation"] and not any(_is_outline(part) for part in a["segmentation"])]

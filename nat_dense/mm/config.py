@@ -22,13 +22,13 @@ DISTRIBUTIONS = {"mmdet": "onedl-mmdetection", "mmseg": "onedl-mmsegmentation"}
 """The library behind each scope, by the name it is installed under."""
 
 CONFIG_SUFFIXES = (".py", ".yml", ".yaml", ".json")
-"""How the names of configs end that MMEngine reads."""
+"""The file name suffixes of configs that MMEngine reads."""
 
 LOADERS = {"train": ("train_dataloader", "val_dataloader"), "test": ("test_dataloader",)}
 """The dataloaders that a training and a test use."""
 
 OUR_KEYS = {"runner_type", "tta_model", "tta_pipeline", "data_checks"}
-"""Top-level keys of a config that the tools read and that are no argument of `Runner`."""
+"""Top-level keys of a config that the tools read and that are not arguments of `Runner`."""
 
 RUNNER_KEYS = {
     "activation_checkpointing",
@@ -41,7 +41,7 @@ RUNNER_KEYS = {
     "strategy",
     "sync_bn",
 }
-"""Top-level keys of a config that MMEngine reads and that are no argument of `Runner` either."""
+"""Top-level keys of a config that MMEngine reads and that are not arguments of `Runner` either."""
 
 PARTS = ("model", "train_dataloader", "val_dataloader", "test_dataloader", "default_hooks", "env_cfg", "data_checks")
 """Top-level keys whose values are dicts."""
@@ -58,7 +58,7 @@ OLD_KEYS = {
     "runner": "train_cfg",
     "workflow": "train_cfg and val_cfg",
 }
-"""Top-level keys of MMDetection 2 and MMSegmentation 0, and what took their place."""
+"""Top-level keys of MMDetection 2 and MMSegmentation 0, and what replaced them."""
 
 
 def evaluators(cfg: Config, loader: str) -> list[Any]:
@@ -68,7 +68,7 @@ def evaluators(cfg: Config, loader: str) -> list[Any]:
 
 
 def model_of(cfg: Config) -> ConfigDict:
-    """A config's model; raises ValueError where it has none."""
+    """A config's model; raises ValueError if it has none."""
     if not cfg.get("model"):
         raise ValueError(f"{cfg.filename or 'the config'} has no model: expected a config of a detector or a segmentor")
     return cfg.model
@@ -85,9 +85,9 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
         The merged config.
 
     Raises:
-        FileNotFoundError: there is no such config; names that come close are listed.
+        FileNotFoundError: there is no such config; similar names are listed.
         ModuleNotFoundError: the library behind `mmdet::` or `mmseg::` is not installed.
-        ValueError: an unknown scope, a file that is no config or fails when it is run, or an option that
+        ValueError: an unknown scope, a file that is not a config or fails when it is run, or an option that
             `merge_options` refuses.
     """
     _find_libraries_by_module()
@@ -95,7 +95,7 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     if not file.is_file():
         raise FileNotFoundError(f"no config {path!r}.{_similar_files(file)}")
     if file.suffix not in CONFIG_SUFFIXES:
-        raise ValueError(f"{path!r} is no config: expected a name that ends in {', '.join(CONFIG_SUFFIXES)}")
+        raise ValueError(f"{path!r} is not a config: expected a name that ends in {', '.join(CONFIG_SUFFIXES)}")
     try:
         cfg = Config.fromfile(str(file))
     except Exception as error:  # it runs the file
@@ -109,12 +109,12 @@ def merge_options(cfg: Config, options: dict[str, Any]) -> list[str]:
     """Merges the values of `--cfg-options` into a config, in place, and imports what they add to `custom_imports`.
 
     Returns:
-        Sentences for the user, on keys that are new and look like others, or that MMEngine doesn't read.
+        Notes for the user on new keys that look like existing ones, and on keys that MMEngine doesn't read.
 
     Raises:
         ImportError: there is no such module.
-        ValueError: an option whose first key neither the config nor the Runner knows, that sets a field of what is no
-            dict, or a variable of the file, which nothing reads any more.
+        ValueError: an option whose first key neither the config nor the Runner knows, that sets a field of
+            something other than a dict, or that sets a variable of the file, which nothing reads any more.
     """
     notes = _check_option_names(cfg, options)
     notes += filter(None, (_note_of_new_key(cfg, option) for option in options))
@@ -156,14 +156,13 @@ def _similar_files(file: Path) -> str:
 
 
 def check_keys(cfg: Config) -> list[str]:
-    """Checks a config's top-level keys, where one that MMEngine doesn't know passes for a variable of the file.
+    """Checks a config's top-level keys; MMEngine takes one that it doesn't know for a variable of the file.
 
     Returns:
-        Sentences for the user, on keys that nothing was made of and that are those of older releases, or look like one
-            that MMEngine reads.
+        Notes for the user on unused keys that are from older releases, or that look like one that MMEngine reads.
 
     Raises:
-        ValueError: another kind of value where a dict is expected.
+        ValueError: a value of the wrong kind, for example where a dict is expected.
     """
     for name in PARTS:
         if not isinstance(cfg.get(name) or {}, dict):
@@ -179,13 +178,13 @@ def check_keys(cfg: Config) -> list[str]:
     used = _names_used(cfg.text or "")
     notes = []
     for key, value in cfg.items():
-        # What was made of a variable may be gone, where another config changed it.
+        # What was made from a variable may be gone because another config changed it.
         if key in read or key in used or list(_places_of(value, key, rest)):
             continue
         if key in OLD_KEYS and value is not None:
-            notes.append(f"{key!r} is a key of older releases, which nothing reads any more; set {OLD_KEYS[key]}.")
+            notes.append(f"{key!r} is a key from older releases that nothing reads any more; set {OLD_KEYS[key]}.")
         elif close := nearly(key, read):
-            notes.append(f"the config's {key!r} is read by nothing: is {close!r} meant?")
+            notes.append(f"nothing reads the config's {key!r}; did you mean {close!r}?")
     return notes
 
 
@@ -208,7 +207,7 @@ def _read_keys() -> set[str]:
 
 
 def _check_option_names(cfg: Config, options: dict[str, Any]) -> list[str]:
-    """Refuses options that nothing reads; returns sentences on those that only code of the user's can read."""
+    """Refuses options that nothing reads; returns notes on those that only the user's own code can read."""
     read = _read_keys()
     rest = {name: value for name, value in cfg.items() if name in read}
     notes = []
@@ -223,22 +222,24 @@ def _check_option_names(cfg: Config, options: dict[str, Any]) -> list[str]:
         if _is_copied(cfg[key], key, places):
             raise ValueError(
                 f"--cfg-options {option}: {key!r} is a variable of the config file, and nothing reads it any more. Set "
-                f"what was made of it: {listing(places)}."
+                f"what was made from it: {listing(places)}."
             )
-        notes.append(f"--cfg-options {option}: MMEngine reads no {key!r}; it is there for code of your own.")
+        notes.append(
+            f"--cfg-options {option}: MMEngine doesn't read {key!r}; it has an effect only if your own code reads it."
+        )
     return notes
 
 
 def _is_copied(value: Any, key: str, places: list[str]) -> bool:
-    """Whether a variable's value is in these places because they were made of it, and not by accident."""
+    """Whether a variable's value is in these places because they were made from it, and not by accident."""
     distinct = "/" in value if isinstance(value, str) else isinstance(value, (dict, list)) and bool(value)
     return bool(places) and (distinct or any(place.rpartition(".")[2] == key for place in places))
 
 
 def _open_parents(cfg: Config, options: dict[str, Any]) -> None:
-    """Makes room for options that set fields of what is None, and refuses those that set fields of what can't have any.
+    """Makes room for options that set fields of None, and refuses those that set fields of what can't have any.
 
-    MMEngine refuses both, and names no option.
+    MMEngine refuses both, without naming the option.
     """
     earlier: dict[str, Any] = {}
     for option, value in options.items():
@@ -249,7 +250,9 @@ def _open_parents(cfg: Config, options: dict[str, Any]) -> None:
             place, path = ".".join(keys[:i]), ".".join(keys[: i + 1])
             if isinstance(node, (list, tuple)):
                 if not key.isdigit() or int(key) >= len(node):
-                    raise ValueError(f"--cfg-options {option}: {place} is a list; expected 0 to {len(node) - 1}.")
+                    raise ValueError(
+                        f"--cfg-options {option}: {place} is a list; expected an index, 0 to {len(node) - 1}."
+                    )
                 node = node[int(key)]
             elif not isinstance(node, dict):
                 raise ValueError(f"--cfg-options {option}: {place} is {node!r}, which has no fields to set.")
@@ -264,7 +267,7 @@ def _open_parents(cfg: Config, options: dict[str, Any]) -> None:
 
 
 def _places_of(value: Any, key: str, node: Any, path: str = "") -> Iterator[str]:
-    """Where a variable's value stands in a config, or a path that begins with it; a number under its own name alone."""
+    """Where a config has a variable's value, or a path that begins with it; numbers count only under their own name."""
     children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, (list, tuple)) else ()
     for name, child in children:
         below = f"{path}.{name}" if path else str(name)
@@ -277,7 +280,7 @@ def _places_of(value: Any, key: str, node: Any, path: str = "") -> Iterator[str]
 
 
 def _note_of_new_key(cfg: Config, option: str) -> str | None:
-    """A sentence where an option adds a key that looks like one which is there."""
+    """A note if an option adds a key that looks like an existing one."""
     node: Any = cfg._cfg_dict
     for key in option.split("."):
         if not isinstance(node, dict):

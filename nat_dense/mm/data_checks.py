@@ -1,10 +1,10 @@
-"""What is wrong with a config's data is found before training starts: paths, annotation files, classes, images, labels.
+"""Finds what is wrong with a config's data before training starts: paths, annotation files, classes, images, labels.
 
 A config (or `--cfg-options`) may set `data_checks`, a dict with:
 
-- `images`: "sample" (default: look up every file, decode at most 500 a dataset), "all" (decode every one; the default
+- `images`: "sample" (default: look up every file, decode at most 500 per dataset), "all" (decode every one; the default
   where bad images are skipped) or "none" (look up only).
-- `bad_images`: "stop" (default) or "skip": go on without the bad images, which are listed.
+- `bad_images`: "stop" (default) or "skip": continue without the bad images, which are listed.
 - `other_classes`: "stop" (default) or "ignore": annotations of classes that the config doesn't have.
 - `validation`: "try" (default: validate one batch before training, see `first_batch`) or "none".
 """
@@ -42,7 +42,7 @@ CHOICES = {
 """The fields of `data_checks` and their values, the default first."""
 
 FILTERS = ("filter_empty_gt", "min_size")
-"""What datasets that read as CocoDataset does look for in `filter_cfg`."""
+"""What datasets that read files like CocoDataset look for in `filter_cfg`."""
 
 
 @DATASETS.register_module()
@@ -58,7 +58,7 @@ def without_images(dataset: dict, paths: list[str]) -> Any:
     """
     built = DATASETS.build(dataset)
     built.full_init()
-    left_out = {Path(path) for path in paths}  # of which libraries write one as "./x.jpg"
+    left_out = {Path(path) for path in paths}  # the library may write one as "./x.jpg"
     built.get_subset_([i for i in range(len(built)) if Path(built.get_data_info(i)["img_path"]) not in left_out])
     return built
 
@@ -96,7 +96,7 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
             if unread and checks["images"] != "none":
                 warnings.append(
                     f"{source.name}: {unread} of {len(pictures)} images were looked up but not decoded; --cfg-options "
-                    "data_checks.images=all decodes every one, before training."
+                    "data_checks.images=all decodes them all before training."
                 )
             _check_zero_label(source)
             _check_labels(source, [p for p in pictures if p.path not in bad], checks)
@@ -111,7 +111,7 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
                 warnings += notes_of_pair(cfg.model, trained[0], source)
             if part:
                 _check_names(source, pictures, part, named)
-            if bad:  # at last: what the other checks read of the source is what is wrapped here
+            if bad:  # last: this wraps what the other checks read of the source
                 _leave_out(source, bad)
     for loader in sorted(set(loaders) - {"train_dataloader"}):
         warnings += check_evaluators(cfg, loader)
@@ -119,7 +119,7 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
 
 
 def _naming_part(cfg: Config) -> str | None:
-    """What of an image's path names the files that a test draws or writes for it; None where it makes none."""
+    """The part of an image's path that a test names its output files after; None if it writes none."""
     if any(evaluator.get("output_dir") for evaluator in evaluators(cfg, "test_dataloader")):
         return "stem"
     hook = (cfg.get("default_hooks") or {}).get("visualization") or {}
@@ -132,8 +132,8 @@ def _check_names(source: Source, pictures: list[Picture], part: str, named: dict
         other = named.setdefault(getattr(picture.path, part), picture.path)
         if other != picture.path:
             raise ValueError(
-                f"{source.name}: {str(other)!r} and {str(picture.path)!r} have one name, and --show-dir and --out name "
-                "files after images: one would overwrite the other's. Test them one after the other, into two folders."
+                f"{source.name}: two test images share a name, {str(other)!r} and {str(picture.path)!r}, so one output "
+                "would overwrite the other. Test the datasets separately, each with its own --show-dir / --out."
             )
 
 
@@ -143,13 +143,13 @@ def _check_zero_label(source: Source) -> None:
         return
     if loads != (zero_is_void := source.dataset.reduce_zero_label):
         raise ValueError(
-            f"{source.name}: reduce_zero_label is {zero_is_void}, but {loads} in its pipeline's LoadAnnotations. Leave "
-            "it out there, or set both."
+            f"{source.name}: reduce_zero_label is {zero_is_void}, but {loads} in its pipeline's LoadAnnotations. "
+            "Remove it there, or set both to the same value."
         )
 
 
 def _notes_of_crops(cfg: Config, source: Source) -> list[str]:
-    """MMSegmentation pads to a fixed size; of images smaller than a larger crop no batch can be made."""
+    """MMSegmentation pads to a fixed size; images smaller than a larger crop can't be batched."""
     size = (cfg.model.get("data_preprocessor") or {}).get("size")
     crop = source.transform("RandomCrop").get("crop_size")
     if source.reader != SEGMENTATION_DATASET or not size or not crop:
@@ -159,12 +159,12 @@ def _notes_of_crops(cfg: Config, source: Source) -> list[str]:
         return []
     return [
         f"{source.name}: crops of {crop} pixels are larger than model.data_preprocessor.size={tuple(size)}, to which "
-        "smaller images are padded: a batch with one of them fails. Set both to the same size."
+        "smaller images are padded: a batch that has one fails. Set both to the same size."
     ]
 
 
 def read_choices(cfg: Config) -> dict[str, str]:
-    """What a config's `data_checks` choose; raises ValueError where that is none of `CHOICES`."""
+    """The choices of a config's `data_checks`; raises ValueError if one isn't among `CHOICES`."""
     given = cfg.get("data_checks") or {}
     for key, value in given.items():
         if value not in CHOICES.get(key, ()):
@@ -208,12 +208,12 @@ def _find_pictures(
         if filters.get("filter_empty_gt") and trains and not known["annotations"]:
             of = " of the config's classes" if content["annotations"] else ""
             raise ValueError(
-                f"{where} has no annotations{of}, and filter_cfg.filter_empty_gt leaves out images without any: none "
-                "is left."
+                f"{where} has no annotations{of}, and filter_cfg.filter_empty_gt leaves out images without any: no "
+                "image is left."
             )
         least = filters.get("min_size", 0)
         if trains and all(min(image["width"], image["height"]) < least for image in content["images"]):
-            raise ValueError(f"{where}: filter_cfg.min_size={least} leaves out smaller images: none is left.")
+            raise ValueError(f"{where}: filter_cfg.min_size={least} leaves out smaller images: no image is left.")
         notices += check_boxes(known, where) if trains else []
         if trains and masks:
             notices += check_outlines(known, where)
@@ -221,13 +221,13 @@ def _find_pictures(
             notices.append(f"{where} has no annotations: there is nothing to compare with, and mAP will be -1.")
         if annotated and file.resolve() in scored and any(a["id"] == 0 for a in content["annotations"]):
             notices.append(
-                f"{where} has an annotation of id 0, which COCO's evaluation counts as missed whatever is found: "
-                "number them from 1."
+                f"{where} has an annotation with id 0, which COCO's evaluation always counts as missed: number "
+                "annotations from 1."
             )
         pictures = [Picture(folder / i["file_name"], (i["width"], i["height"])) for i in content["images"]]
         return pictures, notices
     images = _folder(source, "img_path")
-    # Left out, it is the root.
+    # If left out, it is the root.
     root = Path(dataset.data_root or "")
     has_labels = Path(prefix.get("seg_map_path") or root) != root
     labels = _folder(source, "seg_map_path") if has_labels else None
@@ -279,13 +279,11 @@ def _report_bad_images(source: Source, bad: dict[Path, str], total: int, checks:
     faults = listing((f"{path}: {fault}" for path, fault in bad.items()), between="; ")
     message = f"{source.name}: {len(bad)} of {total} images can't be used. {faults}."
     if checks["bad_images"] == "stop":
-        raise ValueError(
-            f"{message} Repair or remove them, or go on without: --cfg-options data_checks.bad_images=skip."
-        )
+        raise ValueError(f"{message} Repair or remove them, or skip them: --cfg-options data_checks.bad_images=skip.")
     if len(bad) == total:
-        raise ValueError(f"{message} None is left to skip to.")
+        raise ValueError(f"{message} No readable image is left.")
     missed = source.reader == COCO_DATASET and not source.name.startswith("train_")
-    return [f"{message} They are skipped" + ("; mAP counts what is on them as missed." if missed else ".")]
+    return [f"{message} They are skipped" + ("; mAP counts the objects in them as missed." if missed else ".")]
 
 
 def _leave_out(source: Source, bad: dict[Path, str]) -> None:
@@ -322,7 +320,7 @@ def _check_heads(model: dict, source: Source) -> None:
     for name in ("bbox_head", "mask_head", "decode_head", "auxiliary_head"):
         for head in as_list(roi_head.get(name) or model.get(name)):
             found = head.get("num_classes")
-            # Heads with several losses, and those of one stage that match texts, count other things than classes.
+            # Heads with several losses, and single-stage heads that match texts, count other things than classes.
             several_losses = isinstance(head.get("loss_decode"), list)
             of_texts = name == "bbox_head" and not roi_head and found is not None and found > count
             if found in (None, count) or head.get("class_agnostic") or several_losses or of_texts:
@@ -335,7 +333,7 @@ def _check_heads(model: dict, source: Source) -> None:
 
 
 def _check_masks(model: dict, source: Source) -> None:
-    """A head of masks in a detector of two stages trains on masks, which must be loaded."""
+    """The mask head of a two-stage detector trains on masks, which must be loaded."""
     loads = source.transforms("LoadAnnotations")
     has_head = bool((model.get("roi_head") or {}).get("mask_head"))
     if has_head and source.reader == COCO_DATASET and loads and not any(load.get("with_mask") for load in loads):

@@ -1,4 +1,4 @@
-"""How the command lines report a mistake of the user, in one line and without a traceback; and what stays unsaid."""
+"""How the command lines report a user's mistake, in one line without a traceback; and what is not logged."""
 
 import itertools
 import os
@@ -18,7 +18,7 @@ DEBUG_VARIABLE = "NAT_DENSE_DEBUG"
 PYTORCH = os.path.dirname(torch.__file__) + os.sep
 
 IN_WORKER = "Original Traceback (most recent call last):"
-"""What PyTorch writes between the news of an exception in a loader's worker and its traceback, in one message."""
+"""What PyTorch writes before the traceback of an exception in a loader's worker, in the same message."""
 
 
 @contextmanager
@@ -30,10 +30,10 @@ def one_line_errors(program: str, kind: type[Exception] = Exception) -> Iterator
 
     Args:
         program: the name the line starts with, such as "train.py".
-        kind: what is told so; other exceptions pass.
+        kind: what is reported this way; other exceptions pass.
 
     Raises:
-        SystemExit: with status 2, where the block raised such an exception and `NAT_DENSE_DEBUG` is unset.
+        SystemExit: with status 2, if the block raised such an exception and `NAT_DENSE_DEBUG` is unset.
     """
     try:
         yield
@@ -66,13 +66,13 @@ def at_least(level: int) -> Iterator[None]:
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """A sentence, a space before it, that proposes the known name nearest to a wrong one; empty if none is near."""
+    """A sentence after a space that proposes the known name closest to a wrong one; empty if none is close."""
     close = get_close_matches(given, list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def nearly(given: str, known: Iterable[str]) -> str | None:
-    """The known name that a given one is so like that it may be that one, misspelt, where nothing else says so."""
+    """The known name that a given one is so close to that it may be a misspelling, when nothing else shows it."""
     close = get_close_matches(given, list(known), n=1, cutoff=0.8)
     return close[0] if close else None
 
@@ -80,7 +80,7 @@ def nearly(given: str, known: Iterable[str]) -> str | None:
 def describe(error: Exception) -> str:
     """The message of an exception as one readable line, with its type where the text alone says too little.
 
-    Where there is no message, the line of code that raised it. Of what a loader's worker raised, the same.
+    If there is no message, the line of code that raised it. The same for what a loader's worker raised.
     """
     # str(KeyError("text")) is the repr of the text, quotes included.
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
@@ -94,13 +94,13 @@ def describe(error: Exception) -> str:
     text = " ".join(text.split())
     if isinstance(error, (ValueError, OSError)) and text:
         return text
-    if not text:  # as of most assertions
+    if not text:  # as in most assertions
         text = (_frames(error) or [("", "")])[-1][1]
     return f"{name}: {text}" if text else name
 
 
 def place_of(error: Exception) -> str:
-    """The file, line and code that raised an exception, or called PyTorch, which did; empty if that is not known."""
+    """The file, line and code that raised an exception, or called PyTorch where it was raised; empty if unknown."""
     frames = _frames(error)
     outside = [frame for frame in frames if not frame[0].startswith(PYTORCH)] or frames
     return ": ".join(outside[-1]) if outside else ""

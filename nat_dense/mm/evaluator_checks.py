@@ -1,4 +1,4 @@
-"""What is wrong with a config's evaluators is found before they compute anything, which is after an epoch."""
+"""Finds what is wrong with a config's evaluators before they compute anything, which is after an epoch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ class Metric:
     """What an evaluator computes.
 
     Attributes:
-        field: which of its fields chooses.
-        default: the choice where the field is left out.
-        scores: the choices and what each of them adds to the result; None where more fields tell.
-        more: fields that add or take away scores.
+        field: the field that chooses.
+        default: the choice if the field is left out.
+        scores: the choices and what each of them adds to the result; None if that depends on other fields.
+        more: fields that add or remove scores.
     """
 
     field: str
@@ -62,7 +62,7 @@ KNOWN = {
     "mmdet.evaluation.metrics.faster_coco_metric.FasterCocoMetric": COCO,
     "mmseg.evaluation.metrics.iou_metric.IoUMetric": IOU,
 }
-"""The evaluators whose scores are known; classes made of them compute others."""
+"""The evaluators whose scores are known; classes derived from them may compute others."""
 
 
 def metric_of(cls: Any) -> Metric | None:
@@ -94,7 +94,7 @@ def check_evaluators(cfg: Config, loader: str) -> list[str]:
         loader: "val_dataloader" or "test_dataloader".
 
     Returns:
-        Sentences for the user, on an evaluator that has its dataset's images under other names.
+        Notes for the user on an evaluator that has its dataset's images under other names.
 
     Raises:
         FileNotFoundError: an annotation file is missing.
@@ -153,7 +153,7 @@ def _names_scores_plainly(cfg: Config) -> bool:
 
 
 def _adds_scores(cfg: Config) -> bool:
-    """Whether a hook of the user's sees the scores before MMEngine's do, and may add some."""
+    """Whether a hook of the user sees the scores before MMEngine's hooks do, and may add some."""
     classes = (class_of(node, HOOKS) for _, node in _hooks(cfg))
     return any(
         is_foreign(cls) and getattr(cls, "after_val_epoch", None) is not Hook.after_val_epoch for cls in classes if cls
@@ -166,7 +166,7 @@ def _hooks(cfg: Config) -> Iterator[tuple[str, dict]]:
 
 
 def _check_best(cfg: Config, scores: list[str]) -> None:
-    """MMEngine looks the score up after the first validation, and fails or goes on where there is none of this name."""
+    """MMEngine looks the score up after the first validation, and fails or goes on if there is none of this name."""
     for name, hook in _hooks(cfg):
         field = {"CheckpointHook": "save_best", "EarlyStoppingHook": "monitor"}.get(type_name(hook), "")
         for score in as_list(hook.get(field)):
@@ -200,9 +200,9 @@ def _check_same_images(file: Path, name: str, source: Source, annotated: bool) -
         return []
     first = others[0]
     found = (
-        f"{name}={str(file)!r} has other images than {source.name}.ann_file={str(own)!r}: that of id {first!r} is "
+        f"{name}={str(file)!r} has different images than {source.name}.ann_file={str(own)!r}: id {first!r} is "
         f"{known[first][0]!r} there and {tested[first][0]!r} here"
     )
     if any(tested[key][1:] != known[key][1:] for key in others):
         raise ValueError(f"{found}, of another size: the metric would be wrong. Set both to the same file.")
-    return [f"{found}. Unless they show the same, the metric will be wrong."]
+    return [f"{found}; the metric will be wrong. Ignore this if both contain the same images."]

@@ -1,4 +1,4 @@
-"""The fields of a config's objects: which there are, and which of a config's are none of them."""
+"""The fields of a config's objects: which ones exist, and which ones in a config don't."""
 
 import inspect
 import re
@@ -12,13 +12,13 @@ from mmengine.runner import Runner
 from nat_dense.mm.errors import did_you_mean
 
 PASSED_ON: dict[type, Callable] = {CheckpointHook: Runner.save_checkpoint}
-"""Whom classes hand the fields to that they don't name."""
+"""Where classes pass the fields that they don't name themselves."""
 
 LIBRARIES = ("mmengine", "mmcv", "mmdet", "mmseg", "nat_dense", "torch")
-"""Whose classes do what is known of them."""
+"""The libraries whose classes are known to do what is assumed here."""
 
 OF_ANY_OBJECT = ("type", "_scope_")
-"""Fields of every object, which its registry takes."""
+"""Fields that any object may have; its registry reads them."""
 
 
 def dicts_in(
@@ -47,13 +47,13 @@ def as_list(part: Any) -> list[Any]:
 
 
 def type_name(node: Mapping[str, Any]) -> str:
-    """The class that a part of a config names, or is made of, without its scope; empty where it names none."""
+    """The name of the class that a part of a config names or holds, without its scope; empty if there is none."""
     found = node.get("type") or ""
     return (found if isinstance(found, str) else getattr(found, "__name__", "")).rpartition(".")[2]
 
 
 def is_of(node: Mapping[str, Any], library: str, *names: str) -> bool:
-    """Whether a part of a config is of a class of a library, given alone, with its scope or as the class itself."""
+    """Whether a part of a config has one of a library's classes, given with or without scope or as the class itself."""
     found = node.get("type")
     if isinstance(found, str):
         return found.removeprefix(f"{library}.") in names
@@ -61,7 +61,7 @@ def is_of(node: Mapping[str, Any], library: str, *names: str) -> bool:
 
 
 def is_foreign(cls: Any) -> bool:
-    """Whether a class is none of the libraries' or ours."""
+    """Whether a class is neither the libraries' nor ours."""
     return _top(cls) not in LIBRARIES
 
 
@@ -70,7 +70,7 @@ def _top(cls: Any) -> str:
 
 
 def default_loop(name: str, node: dict) -> dict:
-    """The config of a loop, such as "train_cfg", with the type that the Runner takes where none is named."""
+    """The config of a loop, such as "train_cfg", with the type that the Runner uses if none is given."""
     if name == "train_cfg":
         usual = "EpochBasedTrainLoop" if node.get("by_epoch", True) else "IterBasedTrainLoop"
     else:
@@ -129,16 +129,16 @@ def known_class(name: str, node: dict, registry: Registry) -> Any:
 
 
 def check_object(name: str, node: dict, cls: Any, others: Iterable[str] = ()) -> None:
-    """Checks the fields of a config against its class, where that names all that it can be built with.
+    """Checks the fields of a config against its class, if that names all that it can be built with.
 
     Args:
         name: of the config, for the message.
         node: the config.
         cls: what its `type` stands for.
-        others: fields that are taken out before it is built.
+        others: fields that are removed before it is built.
 
     Raises:
-        ValueError: another field is set, or one is text that the class annotates as numbers.
+        ValueError: an unknown field is set, or a field is text where the class annotates numbers.
     """
     known = fields_of(cls)
     if known is not None:
@@ -150,10 +150,10 @@ def check_object(name: str, node: dict, cls: Any, others: Iterable[str] = ()) ->
 
 
 def check_fields(name: str, owner: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Checks the fields of `owner` that a config of this name gives against those that there are.
+    """Checks the fields that a config of this name gives `owner` against those that exist.
 
     Raises:
-        ValueError: one is none of them.
+        ValueError: one doesn't exist.
     """
     for field in given:
         if field not in known:
@@ -162,7 +162,7 @@ def check_fields(name: str, owner: str, given: Iterable[str], known: Iterable[st
 
 
 def fields_of(cls: Any) -> list[str] | None:
-    """What a class can be built with, its base classes' too; None where nothing says what it makes of other names."""
+    """What a class and its base classes can be built with; None if nothing says what they do with other names."""
     if not inspect.isclass(cls):
         return None
     constructors = _constructors(cls)
@@ -190,7 +190,7 @@ def _constructors(cls: type) -> list[Callable]:
 
 
 def _takes_from_the_rest(constructor: Callable) -> bool:
-    """Whether a constructor reads single ones of the fields that it doesn't name, beside handing all of them on."""
+    """Whether a constructor reads some of the fields that it doesn't name, besides passing them all on."""
     rest = next(p.name for p in inspect.signature(constructor).parameters.values() if p.kind is p.VAR_KEYWORD)
     try:
         return re.search(rf"\b{rest}\s*(\.(pop|get)\b|\[)", inspect.getsource(constructor)) is not None
@@ -206,20 +206,20 @@ def _parameters(function: Callable) -> tuple[list[str], bool]:
 
 
 def _annotations(cls: Any) -> dict[str, Any]:
-    """What a class says of the kinds of its fields; of a field that its base class has too, its own word counts."""
+    """How a class annotates its fields; its own annotations take precedence over those of its base classes."""
     found: dict[str, Any] = {}
     for constructor in reversed(_constructors(cls)) if inspect.isclass(cls) else ():
         try:
             own = _parameters(constructor)[0]
             found = {field: kind for field, kind in found.items() if field not in own}
             found |= get_type_hints(constructor)
-        except Exception:  # annotations may be any text, and name what type checkers alone know
+        except Exception:  # annotations may be any text, and name what only type checkers know
             continue
     return found
 
 
 def _takes_text(kind: Any) -> bool:
-    """Whether an annotation allows text; of what isn't made of numbers it is not known."""
+    """Whether an annotation allows text, or may: only those made of numbers are known not to."""
     parts = [part for part in get_args(kind) if part is not Ellipsis]
     if parts:
         return get_origin(kind) is Literal or any(_takes_text(part) for part in parts)

@@ -1,6 +1,6 @@
-"""What fails with the first batch is told as a mistake of the user, and one batch is validated before training.
+"""Reports what fails in the first batch as a user's mistake, and validates one batch before training.
 
-MMEngine builds validation before training, but first runs it when an epoch has been trained: a wrong field of
+MMEngine builds validation before training, but first runs it after an epoch: a wrong field of
 `model.test_cfg`, images of several sizes in one batch or a `meta_keys` that lacks something costs that epoch.
 """
 
@@ -23,7 +23,7 @@ from nat_dense.mm.evaluator_checks import COCO, metric_of
 from nat_dense.mm.fields import is_foreign
 
 BEFORE = {"before_val", "before_val_epoch", "before_val_iter"}
-"""When hooks of the user's may prepare something that a prediction needs."""
+"""Stages in which the user's hooks may prepare something that a prediction needs."""
 
 
 class FirstBatchError(ValueError):
@@ -49,14 +49,14 @@ class FirstBatch(Hook):
 
 @contextmanager
 def first_batch_errors(runner: Any, done: str) -> Iterator[None]:
-    """Tells what goes wrong inside the block before a batch is done: nearly always, the config or the data is wrong.
+    """Reports what goes wrong inside the block before a batch is done: nearly always, the config or the data is wrong.
 
     Args:
         runner: whose `train` or `test` is called inside the block.
         done: what it does with batches, such as "trained".
 
     Raises:
-        FirstBatchError: the block raised any exception before that. Others pass.
+        FirstBatchError: the block raised any exception before that. Later ones pass.
     """
     batch = FirstBatch()
     runner.register_hook(batch)
@@ -67,11 +67,11 @@ def first_batch_errors(runner: Any, done: str) -> Iterator[None]:
     except Exception as error:
         if batch.passed or not _calls_hooks(runner):
             raise
-        raise FirstBatchError(f"before a batch was {done}: {_reason(error)}") from error
+        raise FirstBatchError(f"before the first batch was {done}: {_reason(error)}") from error
 
 
 def _calls_hooks(runner: Any) -> bool:
-    """Whether a batch that is done would have been noticed; loops of the user's may call no hooks."""
+    """Whether a finished batch would have been noticed; the user's own loops may call no hooks."""
     loops = (runner._train_loop, runner._test_loop)  # the properties would build them
     return all(loop is None or isinstance(loop, dict) or not is_foreign(type(loop)) for loop in loops)
 
@@ -84,9 +84,9 @@ def _reason(error: Exception) -> str:
 class TryValidation(Hook):
     """Validates one batch before training, and forgets the result.
 
-    Training and validation then go as they would without this hook: random states are restored, the batch is loaded by
-    a process of its own where the validation's are, and only metrics are asked that keep nothing but their results.
-    Validation of another kind than MMEngine's own is not tried, nor one that a hook of the user's prepares.
+    Training and validation then go as they would without this hook: random states are restored, the batch is loaded in
+    a separate process if the validation's are, and only metrics that keep nothing but their results are run.
+    Validation other than MMEngine's own is not tried, nor one that the user's hooks prepare.
     """
 
     priority = "LOWEST"  # when all else is ready to train
@@ -95,7 +95,7 @@ class TryValidation(Hook):
         """Tries the first batch.
 
         Raises:
-            FirstBatchError: it can't be loaded, predicted on or compared with.
+            FirstBatchError: loading it, predicting on it or comparing the result fails.
         """
         if not _is_usual(runner):
             return
@@ -104,18 +104,18 @@ class TryValidation(Hook):
                 _validate(runner.model, runner.val_loop)
         except Exception as error:
             raise FirstBatchError(
-                f"the first batch of validation, tried before training, fails: {_reason(error)} (--cfg-options "
-                "data_checks.validation=none trains without trying)"
+                f"the first validation batch, tried before training, fails: {_reason(error)} (--cfg-options "
+                "data_checks.validation=none skips this trial)"
             ) from error
 
 
 def _check_masks(metrics: Sequence[Any], outputs: Sequence[Any]) -> None:
-    """Masks are first missed when the scores of all images are computed."""
+    """Otherwise, missing masks show only when the scores of all images are computed."""
     wanted = [metric for metric in metrics if metric_of(type(metric)) is COCO and "segm" in metric.metrics]
     predictions = [output for output in outputs if isinstance(output, BaseDataElement)]
     found = [output.pred_instances for output in predictions if "pred_instances" in output]
     if wanted and found and not any("masks" in instances for instances in found):
-        raise ValueError("the evaluator's metric 'segm' compares masks, and this model predicts none; set it to 'bbox'")
+        raise ValueError("the evaluator's metric 'segm' compares masks, but this model predicts none; set it to 'bbox'")
 
 
 def _only_collects(metric: Any) -> bool:

@@ -7,7 +7,7 @@ Three figures go by the name of FLOPs, and all three can be read off here:
 
 - multiply-adds (MACs) of convolutions, linear layers, matrix products and attention: `Part.macs`;
 - FLOPs of the same, twice the MACs: what `torch.utils.flop_counter` says;
-- operations: the MACs plus rough counts of norms, resizes, poolings and attention biases, one unit an elementary step:
+- operations: the MACs plus rough counts of norms, resizes, poolings and attention biases, one unit per elementary step:
   `Part.operations`. That is what fvcore and MMEngine count and what the NAT and DiNAT papers publish as FLOPs.
   Activations, softmax, residual additions, RoIAlign and post-processing count nothing in any of the three.
 
@@ -103,7 +103,7 @@ class Cost:
         notes = [f"{part.name}: {part.note}" for part in self.parts if part.note]
         table = Table(title=f"one image of {self.height} x {self.width} pixels", caption=", ".join(notes))
         table.add_column("part", no_wrap=True)
-        for column in ("params (M)", "GMACs", "of it na2d", "other (G)", "total (G)"):
+        for column in ("params (M)", "GMACs", "of which na2d", "other (G)", "total (G)"):
             table.add_column(column, justify="right")
         for part in (*self.parts, self.total):
             if part.name == "total":
@@ -168,8 +168,8 @@ def _check_parts(model: nn.Module) -> None:
     if unknown or not hasattr(model, "backbone"):
         found = ", ".join(unknown) or "no backbone"
         raise ValueError(
-            f"{type(model).__name__} has {found}: what can be counted part by part are segmentors, and detectors whose "
-            "heads take nothing but feature maps or RoI features"
+            f"{type(model).__name__} has {found}: only segmentors can be counted part by part, and detectors whose "
+            "heads take only feature maps or RoI features"
         )
 
 

@@ -1,7 +1,7 @@
 """Misspelt fields that nothing declares: those of a model's `train_cfg` and `test_cfg`, and of their samplers.
 
-Detectors, segmentors and their heads ask these for fields by name, many with a default where there is none: a misspelt
-`nms_pre` is a default, silently. What a model's classes ask for stands in their sources.
+Detectors, segmentors and their heads read these fields by name, many with a default: a misspelt `nms_pre` silently
+means the default. What a model's classes read is found in their sources.
 """
 
 import inspect
@@ -23,31 +23,31 @@ _IN_FREE = re.compile(r"(train|test)_cfg(\.|$)")
 """Whether it is one, or lies in one."""
 
 USUAL = ("debug", "mask_size")
-"""Fields of all MMDetection's configs: the first has no use any more, a module of functions asks for the second."""
+"""Fields of all MMDetection's configs: the first is no longer used, a module of functions reads the second."""
 
 _ASKED = re.compile(
     r"""cfg((?:\.(?:get|pop)\(\s*['"]\w+['"][^)]*\)|\.\w+|\[['"]\w+['"]\])+)  # cfg.rpn.get("nms_pre", -1)
     | ['"](\w+)['"]\s+(?:not\s+)?in\s+\S*cfg\b                             # "nms_pre" in cfg""",
     re.VERBOSE,
 )
-"""What is asked of a config that is called so."""
+"""What is read from a config with a name like `cfg`."""
 
 _WORDS = re.compile(r"['\"](\w+)['\"]|\.(\w+)")
-"""All that could be asked for, whatever the config is called where it is."""
+"""All that could be read, whatever name the config has there."""
 
 
 def check_free_fields(model: dict, parts: Iterable[tuple[str, dict]]) -> list[str]:
-    """Checks that what `train_cfg` and `test_cfg` hold isn't what a model's classes ask for, misspelt.
+    """Checks `train_cfg` and `test_cfg` for misspellings of fields that a model's classes read.
 
     Args:
         model: the model's config.
-        parts: its objects, and where they stand in it.
+        parts: its objects, with their places in it.
 
     Returns:
-        A sentence for the user about each field that none of these classes asks for by name.
+        A note for the user on each field that none of these classes reads by name.
 
     Raises:
-        ValueError: one of these is so like a field that they do ask for that this may be meant.
+        ValueError: one of these is so close to a field that they do read that it may be a misspelling.
     """
     classes = [(name, node, class_of(node, MODELS) or class_of(node, TASK_UTILS)) for name, node in parts]
     for name, node, cls in classes:
@@ -67,24 +67,24 @@ def check_free_fields(model: dict, parts: Iterable[tuple[str, dict]]) -> list[st
             close = nearly(field, asked)
             if close and not foreign:
                 _refuse(name, field, close)
-            hint = f" Is {close!r} meant?" if close else ""
-            notes.append(f"{name}.{field}: the classes of this model ask for no field of this name.{hint}")
+            hint = f" Did you mean {close!r}?" if close else ""
+            notes.append(f"{name}.{field}: no class of this model reads a field of this name.{hint}")
     return notes
 
 
 def _check_parameters(name: str, node: dict, known: Collection[str]) -> None:
-    """Of a class that takes any field, which its registry hands over."""
+    """Checks the fields of a class that accepts any from its registry."""
     for field in node:
         if field not in known and field not in OF_ANY_OBJECT and (close := nearly(field, known)):
             _refuse(name, field, close)
 
 
 def _refuse(name: str, field: str, close: str) -> NoReturn:
-    raise ValueError(f"{name}: nothing asks for a field {field!r}. Did you mean {close!r}?")
+    raise ValueError(f"{name}: nothing reads a field {field!r}. Did you mean {close!r}?")
 
 
 def _asked_for(classes: Iterable[type]) -> tuple[set[str], set[str]]:
-    """What the modules of these classes, and of their base classes, ask any config for; and all that they name."""
+    """What the modules of these classes and of their base classes read from any config; and all that they name."""
     asked: set[str] = set()
     words: set[str] = set()
     for module in {base.__module__ for cls in classes for base in cls.__mro__}:

@@ -1,4 +1,4 @@
-"""Image and label files: missing, empty or broken ones are found before training starts."""
+"""Finds missing, empty and broken image and label files before training starts."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +9,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 SAMPLE = 500
-"""So many files of a larger set are decoded, evenly spaced; smaller sets are decoded entirely."""
+"""How many files of a larger set are decoded, evenly spaced; smaller sets are decoded entirely."""
 
 CHANNELS = {"color": 3, "color_ignore_orientation": 3, "grayscale": 1, "grayscale_ignore_orientation": 1}
 """Channels that mmcv's `LoadImageFromFile` gives for each `color_type`; "unchanged" gives those of the file."""
@@ -84,7 +84,7 @@ def _image_fault(picture: Picture, channels: int) -> str | None:
     if picture.size and picture.size != (width, height):
         return f"is {width}x{height} pixels, its annotation says {picture.size[0]}x{picture.size[1]}"
     if channels and bands != channels:
-        return f"has {bands} channels, the model takes {channels} (LoadImageFromFile color_type='color' converts)"
+        return f"has {bands} channels, the model takes {channels} (LoadImageFromFile with color_type='color' converts)"
     return None
 
 
@@ -123,7 +123,8 @@ def _label_fault(picture: Picture, allowed: Sequence[int]) -> str | None:
         return f"{picture.label}: can't be decoded ({error})"
     if values.ndim != 2:
         return (
-            f"{picture.label}: has {values.shape[-1]} channels; a label map holds one class index a pixel (mode L or P)"
+            f"{picture.label}: has {values.shape[-1]} channels; a label map holds one class index per pixel (mode L or "
+            "P)"
         )
     if size != image_size:
         return f"{picture.label}: is {size[0]}x{size[1]} pixels, its image {image_size[0]}x{image_size[1]}"

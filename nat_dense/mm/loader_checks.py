@@ -1,4 +1,4 @@
-"""Whether a config's dataloaders end, and agree with each other and with the model, is found before training starts."""
+"""Checks before training that a config's dataloaders end, and that they agree with each other and with the model."""
 
 import inspect
 from typing import Any
@@ -14,7 +14,7 @@ from nat_dense.mm.fields import as_list, check_fields, check_node, class_of, def
 from nat_dense.mm.sources import SEGMENTATION_DATASET, Source
 
 LOADER_FIELDS = ("num_batch_per_epoch", "disable_subprocess_warning")
-"""What MMEngine's Runner takes of a dataloader beside the arguments of torch's DataLoader."""
+"""What MMEngine's Runner reads from a dataloader besides the arguments of torch's DataLoader."""
 
 
 def check_loader(cfg: Config, name: str) -> None:
@@ -25,7 +25,7 @@ def check_loader(cfg: Config, name: str) -> None:
         name: such as "train_dataloader".
 
     Raises:
-        ValueError: a field is misspelt or no number, or the sampler never ends where the loop waits for its end.
+        ValueError: a field is misspelt or not a number, or the sampler never ends where the loop waits for its end.
     """
     loader = cfg[name]
     check_fields(name, "DataLoader", loader, [*LOADER_FIELDS, *inspect.signature(DataLoader).parameters])
@@ -48,27 +48,27 @@ def check_loader(cfg: Config, name: str) -> None:
         never_ends = False  # it may end where its sampler doesn't
     if never_ends and loop in (EpochBasedTrainLoop, ValLoop, TestLoop):
         raise ValueError(
-            f"{name}.sampler is an InfiniteSampler, and {place} ({loop.__name__}) goes on until its sampler ends. Set "
+            f"{name}.sampler is an InfiniteSampler, but {place} ({loop.__name__}) runs until its sampler ends. Set "
             f"{name}.sampler.type=DefaultSampler."
         )
 
 
 def notes_of_pair(model: dict, training: Source, other: Source) -> list[str]:
-    """Tells where a dataset reads its labels in another way than that of the training.
+    """Reports a dataset that reads its labels differently from the training's.
 
     Args:
-        model: the model's config; one that matches texts knows no order of classes.
+        model: the model's config; a model that matches texts has no order of classes.
         training: a dataset that is trained on.
         other: one that is validated or tested on.
 
     Raises:
-        ValueError: they have the same classes in another order, so that predictions would be taken for other classes.
+        ValueError: they have the same classes in another order, so predictions would be assigned to the wrong classes.
     """
     ours, theirs = training.classes, other.classes
     if ours != theirs and sorted(ours) == sorted(theirs) and not model.get("language_model"):
         raise ValueError(
             f"{other.name} has the classes of {training.name} in another order ({listing(theirs)} instead of "
-            f"{listing(ours)}): predictions would be taken for other classes. Give both the same order."
+            f"{listing(ours)}): predictions would be assigned to the wrong classes. Give both the same order."
         )
     if SEGMENTATION_DATASET not in (training.reader, other.reader):
         return []
@@ -77,29 +77,28 @@ def notes_of_pair(model: dict, training: Source, other: Source) -> list[str]:
         return []
     return [
         f"reduce_zero_label is {reduced[0]} in {training.name} and {reduced[1]} in {other.name}: unless their label "
-        "maps differ in this way, one of them reads every class as its neighbour."
+        "maps differ in the same way, one of them reads every class as its neighbour."
     ]
 
 
 def notes_of_preprocessing(model: dict, source: Source) -> list[str]:
-    """Tells what a dataset's pipeline and the model's preprocessor do both."""
+    """Reports what a dataset's pipeline and the model's preprocessor both do."""
     if not source.transforms("Normalize") or not (model.get("data_preprocessor") or {}).get("mean"):
         return []
     return [
-        f"{source.name}: its pipeline has Normalize, and model.data_preprocessor normalises once more; leave one of "
-        "them out."
+        f"{source.name}: its pipeline has Normalize, and model.data_preprocessor normalises again; remove one of them."
     ]
 
 
 def notes_of_padding(model: dict, source: Source) -> list[str]:
-    """Tells where a model trains on what its preprocessor adds to smaller label maps."""
+    """Reports that a model trains on what its preprocessor adds to smaller label maps."""
     preprocessor = model.get("data_preprocessor") or {}
     padding, ignored = preprocessor.get("seg_pad_val", 255), _ignored_labels(model)
     if source.reader != SEGMENTATION_DATASET or not preprocessor.get("size") or not ignored or padding in ignored:
         return []
     return [
-        f"model.data_preprocessor.seg_pad_val is {padding}, which the heads take for a class (their ignore_index: "
-        f"{', '.join(map(str, ignored))}): they learn from the padding."
+        f"model.data_preprocessor.seg_pad_val: a padding value of {padding} is a class for the heads (ignore_index "
+        f"{', '.join(map(str, ignored))}), so they would train on padding."
     ]
 
 
@@ -108,14 +107,14 @@ def _ignored_labels(model: dict) -> list[Any]:
 
 
 def notes_of_prefix(source: Source, read: set[str]) -> list[str]:
-    """Tells of folders in `data_prefix` that nobody reads, beside those (`read`) that are."""
+    """Reports folders in `data_prefix` that nothing reads; `read` are those that the dataset reads."""
     if is_foreign(source.cls):
         return []
     parameter = inspect.signature(source.cls.__init__).parameters.get("data_prefix")
     default = parameter.default if parameter and isinstance(parameter.default, dict) else {}
     known = read | set(default)
     return [
-        f"{source.name}.data_prefix.{key} is read by nothing; the dataset reads {', '.join(sorted(read))}."
+        f"nothing reads {source.name}.data_prefix.{key}; the dataset reads {', '.join(sorted(read))}."
         for key in source.cfg.get("data_prefix") or {}
         if key not in known
     ]

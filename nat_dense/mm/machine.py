@@ -1,4 +1,4 @@
-"""Fits a config to the machine it runs on. What is replaced is returned as sentences, for the user to read."""
+"""Fits a config to the machine it runs on, and returns notes for the user on what was replaced."""
 
 import ctypes
 import platform
@@ -27,17 +27,17 @@ def fit_to_machine(cfg: Config, *, training: bool = True) -> list[str]:
 
     Mixed precision without an accelerator, SyncBN in a single process or without GPUs, MMEngine's distributed model
     without GPUs, persistent data workers where there are no workers, and pycocotools' mAP where faster-coco-eval is
-    installed (the same numbers, sooner).
+    installed (the same numbers, faster).
 
     Args:
         cfg: the config; changed in place.
         training: whether it is to be trained; testing has no optimizer.
 
     Returns:
-        One sentence for each replacement.
+        One note for each replacement.
 
     Raises:
-        ValueError: on a machine without a GPU, slurm is to launch, or torchrun hasn't launched.
+        ValueError: on a machine without a GPU, the launcher is slurm, or torchrun didn't start this process.
     """
     device = get_device()
     launcher = cfg.get("launcher", "none")
@@ -49,17 +49,17 @@ def fit_to_machine(cfg: Config, *, training: bool = True) -> list[str]:
                 "for several processes on the CPU, or leave --launcher out for one."
             )
         use_cpus(cfg)
-        notices.append("No GPU: each process trains on the CPU, and they exchange gradients by gloo.")
+        notices.append("No GPU: each process trains on the CPU, and they exchange gradients through gloo.")
         if replace_sync_norms(cfg.get("model", {})):
-            notices.append("No GPU: SyncBN is replaced by BN, whose statistics are each process's own.")
+            notices.append("No GPU: SyncBN is replaced by BN, with separate statistics in each process.")
     wrapper = cfg.get("optim_wrapper") or {}
     if training and is_of(wrapper, "mmengine", "AmpOptimWrapper") and device not in AMP_DEVICES:
         wrapper["type"] = "OptimWrapper"
         for argument in AMP_ARGUMENTS:
             wrapper.pop(argument, None)
-        notices.append("No accelerator: AmpOptimWrapper is replaced by OptimWrapper, training runs in float32.")
+        notices.append("No accelerator: AmpOptimWrapper is replaced by OptimWrapper; training runs in float32.")
     if launcher == "none" and replace_sync_norms(cfg.get("model", {})):
-        notices.append("One process: SyncBN is replaced by BN, which computes the same within it.")
+        notices.append("One process: SyncBN is replaced by BN, which computes the same in one process.")
     for name in LOADERS["train" if training else "test"]:
         loader = cfg.get(name) or {}
         if loader.get("num_workers") == 0 and loader.get("persistent_workers"):
@@ -69,10 +69,10 @@ def fit_to_machine(cfg: Config, *, training: bool = True) -> list[str]:
 
 
 def keep_freed_memory() -> bool:
-    """Asks the C library to keep what this process frees for what it allocates next; says whether it does (glibc).
+    """Asks the C library to keep what this process frees for what it allocates next; returns whether it does (glibc).
 
-    A training step allocates the large blocks of the one before. Given back in between, each is mapped and cleared anew
-    by the system: up to a tenth of a step on a CPU. The process then stays as large as it was at its largest.
+    A training step allocates the same large blocks as the one before. If they are returned in between, the system maps
+    and clears each again: up to a tenth of a step on a CPU. The process then stays at its largest size.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -85,7 +85,7 @@ SYNC_NORMS = (("mmengine", "SyncBN"), ("mmcv", "MMSyncBN", "SyncBatchNorm"), ("t
 
 
 def replace_sync_norms(model: Any) -> bool:
-    """Replaces, in place, the batch norms that need several processes by the plain one; says whether there were any."""
+    """Replaces, in place, the batch norms that need several processes by BN; returns whether there were any."""
     found = [node for _, node in dicts_in(model) if any(is_of(node, *norm) for norm in SYNC_NORMS)]
     for node in found:
         node["type"] = "BN"
@@ -93,7 +93,7 @@ def replace_sync_norms(model: Any) -> bool:
 
 
 def _prefer_faster_coco(cfg: Config) -> list[str]:
-    """Replaces COCO's metric by the faster one, where it reads a file: it asks more of annotations from a pipeline."""
+    """Replaces COCO's metric by the faster one if it reads a file: from a pipeline, the faster one needs more."""
     evaluators = [node for name in ("val_evaluator", "test_evaluator") for _, node in dicts_in(cfg.get(name))]
     coco = [node for node in evaluators if is_of(node, "mmdet", "CocoMetric") and node.get("ann_file")]
     if not coco or cfg.get("default_scope") != "mmdet":

@@ -1,4 +1,4 @@
-"""What is wrong with a config's model is found by building it once, before anything is written."""
+"""Finds what is wrong with a config's model by building it once, before anything is written."""
 
 import copy
 import importlib.util
@@ -28,7 +28,7 @@ TASK_OF_SCOPE = {"mmdet": "detection", "mmseg": "segmentation"}
 """The dilation presets made for each library start with these names."""
 
 OF_TORCHVISION = ("torchvision://", "modelzoo://")
-"""How addresses start that MMEngine looks up in torchvision."""
+"""How the addresses start that MMEngine looks up in torchvision."""
 
 
 def check_model(cfg: Config, *, training: bool = True) -> tuple[nn.Module, list[str]]:
@@ -45,7 +45,7 @@ def check_model(cfg: Config, *, training: bool = True) -> tuple[nn.Module, list[
 
     Raises:
         FileNotFoundError: a local file of initial weights is missing.
-        ValueError: a local file of a backbone's initial weights is no checkpoint or doesn't fit, initial weights need
+        ValueError: a local file of a backbone's initial weights isn't a checkpoint or doesn't fit, initial weights need
             torchvision and it is missing, a misspelt or wrong field, parts that don't fit, or batch norm with one value
             per channel.
     """
@@ -72,7 +72,7 @@ def _check_statistics(preprocessor: dict) -> None:
     for field in ("mean", "std"):
         values = preprocessor.get(field)
         if isinstance(values, (list, tuple)) and not all(isinstance(value, (int, float)) for value in values):
-            raise ValueError(f"model.data_preprocessor.{field} is {list(values)}: expected a number a channel.")
+            raise ValueError(f"model.data_preprocessor.{field} is {list(values)}: expected a number per channel.")
     if isinstance(std := preprocessor.get("std"), (list, tuple)) and 0 in std:
         raise ValueError("model.data_preprocessor.std has a 0, by which images would be divided.")
 
@@ -90,7 +90,7 @@ def _check_source(source: str, name: str, field: str) -> None:
     if source.startswith(OF_TORCHVISION) and importlib.util.find_spec("torchvision") is None:
         raise ValueError(
             f"{name}={source!r}: MMEngine reads this through torchvision, which is not installed. Install the release "
-            f"that fits torch {torch.__version__}, or name a file or an address; {field}=None trains from scratch."
+            f"that fits torch {torch.__version__}, or give a file or a URL; {field}=None trains from scratch."
         )
     if "://" not in source and source not in URLS and not local(source):
         raise FileNotFoundError(
@@ -99,14 +99,14 @@ def _check_source(source: str, name: str, field: str) -> None:
 
 
 def fetch_initial_weights(model: nn.Module) -> None:
-    """Fetches the weights that our backbones of a model start from, and loads them, which training would do too late.
+    """Fetches and loads the weights that our backbones of a model start from; training would do so too late.
 
     Args:
         model: the model, which is not kept.
 
     Raises:
-        ConnectionError: they can't be had.
-        ValueError: what came is not what was published, or doesn't fit.
+        ConnectionError: they can't be fetched.
+        ValueError: what was fetched is not what was published, or doesn't fit.
     """
     try:
         _load_initial_weights(model, on_disk=False)  # `check_model` has loaded the others
@@ -133,7 +133,7 @@ def _initializers(model: nn.Module) -> Iterator[tuple[nn.Module, Pretrained]]:
 
 
 def _check_channels(model: nn.Module) -> None:
-    """Sends a small image of the configured channels through a backbone of ours and its neck."""
+    """Sends a small image through a backbone of ours, and compares its maps with what reads them."""
     backbone = getattr(model, "backbone", None)
     if not isinstance(backbone, NeighborhoodBackbone):
         return
@@ -184,7 +184,7 @@ def check_last_batch(cfg: Config, model: nn.Module) -> None:
         model: the model that it builds.
 
     Raises:
-        ValueError: it is.
+        ValueError: it is a single image.
     """
     loader = cfg.get("train_dataloader")
     if not loader or loader.get("drop_last") or loader.get("batch_sampler"):
@@ -225,8 +225,8 @@ def _notes_of_frozen(cfg: Config, model: nn.Module) -> list[str]:
     if backbone.init_cfg or getattr(model, "init_cfg", None) or cfg.get("load_from") or cfg.get("resume"):
         return []
     return [
-        f"model.backbone.frozen_stages is {backbone.frozen_stages} and nothing says which weights it starts from: what "
-        "is frozen stays random."
+        f"model.backbone.frozen_stages is {backbone.frozen_stages}, but no pretrained weights are configured: the "
+        "frozen stages would keep random weights."
     ]
 
 
@@ -248,5 +248,5 @@ def _check_dilations(cfg: Config) -> list[str]:
 
 def _class_of(backbone: dict) -> type[NeighborhoodBackbone] | None:
     """The class behind `type`, if it is one of ours."""
-    cls = class_of(backbone, MODELS) if isinstance(backbone, dict) else None  # models of others may take a name
+    cls = class_of(backbone, MODELS) if isinstance(backbone, dict) else None  # other models may take a name
     return cls if inspect.isclass(cls) and issubclass(cls, NeighborhoodBackbone) else None

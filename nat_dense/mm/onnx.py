@@ -1,4 +1,4 @@
-"""What of a detector or a segmentor goes into an ONNX file."""
+"""The part of a detector or a segmentor that goes into an ONNX file."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ PARTS = ("backbone", "neck", "logits")
 
 @dataclass(frozen=True)
 class Graph:
-    """A model's part that goes into a file.
+    """The part of a model that goes into a file.
 
     Attributes:
         module: In eval mode; takes a normalised image [B, C, H, W].
         channels: Of the image.
         output_names: "logits", or "map_0", "map_1", ...; None where the module decides.
         metadata: What has to be known to use the file: the config, the image's normalisation, the classes.
-        notices: Sentences for the user.
+        notices: Notes for the user.
     """
 
     module: nn.Module
@@ -52,7 +52,7 @@ class Maps(nn.Module):
         self.neck: Any = model.neck if with_neck else None
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """[B, C, H, W] -> one map a level."""
+        """[B, C, H, W] -> one map per level."""
         maps = self.backbone(image)
         return tuple(maps if self.neck is None else self.neck(maps))
 
@@ -73,7 +73,7 @@ def graph_of(cfg: Config, checkpoint: str, part: str | None = None, *, trust: bo
     """Builds a config's model with a checkpoint's weights and takes the part to export.
 
     Args:
-        cfg: A config of a detector or a segmentor; its batch norms may be made plain.
+        cfg: A config of a detector or a segmentor; its SyncBN is replaced by BN.
         checkpoint: A file or a URL with the weights of the whole model.
         part: One of `PARTS`; None for the most that can be exported: the logits of a segmentor, the neck of a detector.
         trust: Whether the checkpoint may run code.
@@ -97,7 +97,7 @@ def graph_of(cfg: Config, checkpoint: str, part: str | None = None, *, trust: bo
         module: nn.Module = Logits(model)
         if (node.get("test_cfg") or {}).get("mode") == "slide":
             notices.append(
-                "The config slides a window over its images (test_cfg.mode='slide'); the file takes any whole."
+                "The config slides a window over its images (test_cfg.mode='slide'); the file takes whole images."
             )
     else:
         module = Maps(model, with_neck=part == "neck")

@@ -21,18 +21,18 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 @OPTIMIZERS.register_module()
 class MuonAdamW(torch.optim.AdamW):
-    """Muon for what multiplies vectors of features, AdamW for the rest, by one learning rate.
+    """Muon for matrices that multiply feature vectors, AdamW for the rest, with one learning rate.
 
-    Muon moves a matrix by the orthogonal matrix next to its averaged gradient: all directions alike, where Adam's
+    Muon moves a matrix by the orthogonal matrix nearest to its averaged gradient: all directions alike, where Adam's
     step is mostly along the few strongest. Its step is scaled to the size of AdamW's, so that learning rate and decay
     mean the same in both. Convolutions count as matrices [out, in * height * width].
 
-    `torch.optim.Muon` takes matrices alone, and bfloat16 also on processors that only emulate it.
+    `torch.optim.Muon` takes only matrices, and uses bfloat16 even on processors that only emulate it.
 
     Args:
         params: Parameters, named or not, or groups. A group's `muon=False` (`custom_keys` of MMEngine's `paramwise_cfg`
             may set it) gives all of it to AdamW; otherwise its matrices and convolutions of at least 16 x 16 go to
-            Muon, without depthwise ones. Embeddings and tables kept as matrices are better given to AdamW.
+            Muon, except depthwise ones. Embeddings and tables kept as matrices are better given to AdamW.
         lr, betas, eps, weight_decay, fused: As of `torch.optim.AdamW`; `weight_decay` is Muon's as well.
         momentum: Share of the old average in Muon's average of the gradients, in all groups.
         ns_steps: Steps of the iteration that makes a matrix orthogonal, in all groups; fewer cost less and leave weak
@@ -40,7 +40,7 @@ class MuonAdamW(torch.optim.AdamW):
 
     Raises:
         ValueError: A number is out of range.
-        RuntimeError: Of `step`, for a sparse or complex gradient of a matrix.
+        RuntimeError: In `step`, for a sparse or complex gradient of a matrix.
 
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the size of the step:
     Liu et al., "Muon is Scalable for LLM Training" (arXiv:2502.16982) section 2.2.
@@ -69,7 +69,7 @@ class MuonAdamW(torch.optim.AdamW):
         return super().__getstate__() | {"momentum": self.momentum, "ns_steps": self.ns_steps}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; what goes to Muon and what doesn't become groups of their own."""
+        """As torch's; parameters for Muon and for AdamW are put into separate groups."""
         wanted = param_group.get("muon", True)
         if not isinstance(wanted, bool):
             raise ValueError(f"muon={wanted!r} in a group of parameters: expected True or False")
@@ -135,7 +135,7 @@ class MuonAdamW(torch.optim.AdamW):
 
 
 def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The orthogonal matrices next to some, roughly: singular values of 0.7 - 1.2 where they are not tiny.
+    """The orthogonal matrices nearest to some, roughly: singular values of 0.7 - 1.2 where they are not tiny.
 
     Args:
         matrices: [..., m, n].
@@ -175,12 +175,12 @@ def _is_hidden_matrix(parameter: Tensor) -> bool:
 class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """MMEngine's constructor, with one parameter group for each set of settings instead of one for each parameter.
 
-    The updates are the same to the bit. torch's optimizers work group by group: with a group for each of a model's
+    The updates are the same bit for bit. torch's optimizers work group by group: with a group for each of a model's
     hundreds of parameters, their fused and multi-tensor steps never have more than one tensor to work on, and every
     learning-rate schedule has hundreds of numbers to set.
 
-    A checkpoint has the names of each group's parameters, and is resumed only where they are the same: torch itself
-    goes by the order alone.
+    A checkpoint has the names of each group's parameters, and is resumed only if they are the same: torch itself
+    goes only by their order.
 
     Raises:
         ValueError: Modules share a parameter (`bypass_duplicate=True` of `paramwise_cfg` takes it once), or the
@@ -202,7 +202,7 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if prefix:
             super().add_params(params, module, prefix, is_dcn_module)
             return
-        with at_least(logging.WARNING):  # it tells of every parameter; `__call__` of the groups
+        with at_least(logging.WARNING):  # it logs every parameter; `__call__` logs the groups
             super().add_params(params, module, prefix, is_dcn_module)
         members = [id(p) for group in params for p in group["params"]]
         if len(members) != len(set(members)):
@@ -211,7 +211,7 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
 
 def _check_groups(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Raises ValueError where a state's groups are not the optimizer's."""
+    """Raises ValueError if a state's groups are not the optimizer's."""
     found, expected = (
         [group.get("param_names", len(group["params"])) for group in groups]
         for groups in (state["param_groups"], optimizer.param_groups)
@@ -220,9 +220,9 @@ def _check_groups(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> No
         return
     counts = [", ".join(str(n if isinstance(n, int) else len(n)) for n in groups) for groups in (found, expected)]
     raise ValueError(
-        f"the checkpoint's optimizer has groups of {counts[0]} parameters, this one of {counts[1]}, or others in them: "
-        "it was saved with another optimizer, constructor or paramwise_cfg. Resume with the config that it was "
-        "trained with, or start from its weights alone (load_from)"
+        f"the checkpoint's optimizer has groups of {counts[0]} parameters, this one of {counts[1]}, or with different "
+        "members: it was saved with another optimizer, constructor or paramwise_cfg. Resume with the config that it "
+        "was trained with, or start only from its weights (load_from)"
     )
 
 

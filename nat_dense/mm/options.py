@@ -37,7 +37,7 @@ def set_work_dir(cfg: Config, work_dir: str | None) -> None:
 
 
 def set_resume(cfg: Config, resume: str | None) -> None:
-    """`--resume`: "auto" goes on with the latest checkpoint of the work-dir, a path with that checkpoint."""
+    """`--resume`: "auto" resumes from the latest checkpoint in the work-dir, a path from that checkpoint."""
     if resume is not None:
         cfg.resume = True
         cfg.load_from = None if resume == "auto" else resume
@@ -95,7 +95,9 @@ def set_show_dir(cfg: Config, show_dir: str) -> None:
             "--show-dir needs default_hooks.visualization in the config (DetVisualizationHook or SegVisualizationHook)."
         )
     if cfg.get("launcher", "none") != "none" and process_count() > 1:
-        raise ValueError("--show-dir: only the first process draws, the images that it tests; test in one process.")
+        raise ValueError(
+            "--show-dir: only the first process draws, and only the images that it tests; test in one process."
+        )
     with naming("--show-dir"):
         check_empty_folder(Path(show_dir))
     hook.draw = True
@@ -110,26 +112,26 @@ def set_out(cfg: Config, out: str) -> None:
     """`--out`: writes predictions, a pickle of MMDetection's results or a folder of MMSegmentation's index PNGs.
 
     Raises:
-        OSError: there is such a file, the directory holds something, or can't be written to.
+        OSError: the file exists, or the directory isn't empty or can't be written to.
         ValueError: the path doesn't fit the task, or no evaluator can be added to the config's.
     """
     written, own = evaluators(cfg, "test_dataloader"), cfg.get("test_evaluator")
     is_pickle = Path(out).suffix in (".pkl", ".pickle")
     if cfg.get("default_scope") == "mmseg":
         if is_pickle:
-            raise ValueError(f"--out {out}: predictions of a segmentor are PNG files; name a directory.")
+            raise ValueError(f"--out {out}: predictions of a segmentor are PNG files; give a directory.")
         with naming("--out"):
             check_empty_folder(Path(out))
         written[0].output_dir = out
     elif not is_pickle:
-        raise ValueError(f"--out {out}: predictions of a detector are a pickle; name a .pkl file.")
+        raise ValueError(f"--out {out}: predictions of a detector are a pickle; give a .pkl file.")
     elif isinstance(own, dict) and type_name(own) not in ("", "Evaluator") and "metrics" in own:
         raise ValueError(
-            f"--out {out}: {type_name(own)} has a metric a dataset, and takes none for the predictions on all of them; "
-            "test the datasets one by one."
+            f"--out {out}: {type_name(own)} has one metric per dataset, and takes none for the predictions on all of "
+            "them; test the datasets separately."
         )
     elif Path(out).exists():
-        raise FileExistsError(f"--out {out}: there is such a file, which is not overwritten; name another.")
+        raise FileExistsError(f"--out {out}: the file exists and is not overwritten; choose another name.")
     else:
         with naming("--out"):
             check_can_be_folder(Path(out).parent)

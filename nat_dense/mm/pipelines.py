@@ -1,4 +1,4 @@
-"""The datasets of a config, those inside wrappers too, and the transforms of their pipelines."""
+"""The datasets of a config, including those inside wrappers, and the transforms of their pipelines."""
 
 import copy
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ NESTING = {
 
 
 def datasets_of(dataset: Any, name: str) -> Iterator[tuple[str, dict]]:
-    """A dataset's config and those inside of it, where it is a wrapper such as RepeatDataset or ConcatDataset.
+    """A dataset's config and those inside it, if it is a wrapper such as RepeatDataset or ConcatDataset.
 
     Args:
         dataset: the config.
@@ -47,7 +47,7 @@ def is_wrapper(dataset: dict) -> bool:
 
 
 def check_datasets(dataset: Any, name: str) -> None:
-    """Checks the fields and pipelines of a dataset, and of those inside of it; arguments as for `datasets_of`.
+    """Checks the fields and pipelines of a dataset, and of those inside it; arguments as for `datasets_of`.
 
     Raises:
         ValueError: there is no such dataset, it has no such field, or as `check_transforms`.
@@ -61,7 +61,7 @@ def check_datasets(dataset: Any, name: str) -> None:
 
 
 def check_transforms(transforms: Any, name: str) -> None:
-    """Checks that transforms exist and have the fields that they are given, also those inside of others.
+    """Checks that transforms exist and have the fields that they are given, including those inside others.
 
     Args:
         transforms: the config of one or a function, or a list of them or of such lists, as in a choice.

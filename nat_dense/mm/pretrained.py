@@ -1,6 +1,6 @@
 """`init_cfg=dict(type="Pretrained", checkpoint=...)` through `nat_dense.checkpoints.load`.
 
-Importing this module puts it in the place of MMEngine's initializer, whose matching loses tensors without a word. Files
+Importing this module replaces MMEngine's initializer, whose matching loses tensors silently. Files
 and modules that have nothing of ours in them still go to MMEngine's: stock models rely on its leniency.
 """
 
@@ -28,10 +28,10 @@ class Pretrained:
     Args:
         checkpoint: As `load`'s `source`, or for models that aren't ours anything that MMEngine reads.
         prefix, resize_rpb, replace_head, trust, sha256, entry: As in `load`.
-        map_location: Accepted since MMEngine's has it; without effect, values are copied to where the model is.
+        map_location: Accepted because MMEngine's has it; no effect: values are copied to where the model is.
 
     Raises:
-        ValueError: There are other fields, such as those of another initializer that a config's parent has.
+        ValueError: Other fields are given, such as those of another initializer in a config's parent.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Pretrained:
             known = [name for name in inspect.signature(Pretrained).parameters if name != "others"]
             raise ValueError(
                 f"init_cfg=dict(type='Pretrained', ...) of {checkpoint} has the fields {', '.join(others)}; expected "
-                f"{', '.join(known)} alone. Where they come from a parent config, replace all of it: "
+                f"only {', '.join(known)}. If they come from a parent config, replace all of it: "
                 "init_cfg=dict(_delete_=True, ...), or init_cfg._delete_=True beside them in --cfg-options"
             )
         self.checkpoint = checkpoint
@@ -70,12 +70,12 @@ class Pretrained:
             self._leave_to_mmengine(module)
             return
         print_log(str(self.load_into(module)), logger="current")
-        # There while mmengine initialises a model and notes for each parameter where its value comes from.
+        # Present while mmengine initialises a model and records for each parameter where its value comes from.
         if hasattr(module, "_params_init_info"):
             update_init_info(module, init_info=f"Pretrained: {self.checkpoint}")
 
     def load_into(self, module: nn.Module) -> Report:
-        """Loads into one of our models, without a word of it in the log."""
+        """Loads into one of our models, without logging."""
         from nat_dense.checkpoints import load  # here, since importing nat_dense needs no reader of files
 
         return load(module, self.checkpoint, prefix=self.prefix, **self.reading, **self.matching)
@@ -91,7 +91,7 @@ class Pretrained:
             return False
         try:
             checkpoint = read(fetch(self.checkpoint), **self.reading)
-        except ValueError:  # for MMEngine to say, which may know the format
+        except ValueError:  # left to MMEngine, which may know the format
             return False
         return bool(find_backbones(unwrap(checkpoint.tensors)[0]))
 
@@ -106,7 +106,7 @@ class Pretrained:
 
 
 def through_this_door(init_cfg: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
-    """An `init_cfg` whose "Pretrained" entries are ours, those that name MMEngine's class as well."""
+    """An `init_cfg` whose "Pretrained" entries are ours, including those that name MMEngine's class."""
     entries = [init_cfg] if isinstance(init_cfg, Mapping) else init_cfg or ()
     ours = {"type": Pretrained}
     return [{**entry, **(ours if entry["type"] in ("Pretrained", PretrainedInit) else {})} for entry in entries]

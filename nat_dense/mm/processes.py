@@ -1,4 +1,4 @@
-"""Several processes, and how they do without GPUs: MMEngine's own way into a process group names a device for each."""
+"""Several processes, and how they work without GPUs: MMEngine's own process group gives each of them a device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmengine.registry import MODEL_WRAPPERS
 from mmengine.runner import Runner
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun tells each process."""
+"""What torchrun sets in the environment of each process."""
 
 
 @MODEL_WRAPPERS.register_module()
@@ -50,7 +50,7 @@ def use_cpus(cfg: Config) -> None:
 
 
 def join_on_cpus(cfg: Config) -> None:
-    """Where `use_cpus` was called, enters the process group, which MMEngine then finds. Waits for the others."""
+    """If `use_cpus` was called, joins the process group, which MMEngine then finds. Waits for the other processes."""
     wrapper = (cfg.get("model_wrapper_cfg") or {}).get("type")
     if wrapper == CPUDistributedDataParallel.__name__ and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo")
@@ -60,7 +60,7 @@ def let_first_write_metrics(runner: Runner) -> None:
     """Makes the first process alone write the metrics of a test, before the Runner's `test` is called.
 
     MMEngine's hook writes them from all processes, at once and into one file, but with each one's own durations: where
-    these have other numbers of digits, the end of the longer text stays behind the shorter one, and no JSON is left.
+    these differ in length, the end of the longer text is left after the shorter one, and the file is not JSON.
     """
     for hook in runner.hooks:
         if isinstance(hook, LoggerHook):
@@ -68,11 +68,11 @@ def let_first_write_metrics(runner: Runner) -> None:
 
 
 def leave_group() -> None:
-    """Leaves the process group, where there is one; to be called when the Runner has been dropped.
+    """Leaves the process group, if there is one; to be called when the Runner has been dropped.
 
-    A thread of gloo keeps its last reduction until the group ends, and needs Python to let go of it. Ended by the
-    interpreter's own exit, the process aborts in about one of four cases (PyTorch 2.13). The group ends only when no
-    DistributedDataParallel holds it: hence the collection of what refers to itself, as a Runner does.
+    A thread of gloo keeps its last reduction until the group ends, and needs Python to release it. If the interpreter
+    simply exits, the process aborts in about one of four cases (PyTorch 2.13). The group ends only when no
+    DistributedDataParallel holds it: hence the garbage collection: a Runner refers to itself.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         gc.collect()

@@ -1,4 +1,4 @@
-"""A run that goes on: from which checkpoint, with which settings, and without a loss of what is there."""
+"""Resuming a run: from which checkpoint, with which settings, and without losing what is there."""
 
 import ast
 import re
@@ -32,7 +32,7 @@ NAMES = {setting.partition(".")[0] for setting in SAVED}
 
 
 class GoOnHere(Hook):
-    """Keeps a resumed run to its own folder, and to data."""
+    """Keeps a resumed run to its own folder, and its checkpoint to data."""
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Drops `meta.config`, which MMEngine's own checkpoints don't have, before MMEngine runs it as Python."""
@@ -58,7 +58,7 @@ class GoOnHere(Hook):
 
 
 def latest_checkpoint(work_dir: str | Path, *, elsewhere: bool = False) -> Path | None:
-    """The checkpoint that a run in this directory goes on from, or None.
+    """The checkpoint that a run in this directory resumes from, or None.
 
     MMEngine notes it in `last_checkpoint`, as an absolute path and after it has deleted an older one: the note can name
     a file of the directory that this one was copied from, or one that is gone. A file of that name here comes first,
@@ -89,7 +89,7 @@ def check_work_dir(cfg: Config, model: nn.Module, *, trust: bool = False) -> lis
         trust: whether the checkpoint may run code.
 
     Returns:
-        Sentences for the user, such as that there is nothing to resume, or what of `load_from` is not used.
+        Notes for the user, such as that there is nothing to resume, or what of `load_from` is not used.
 
     Raises:
         FileNotFoundError: the checkpoint to resume or start from is gone.
@@ -107,7 +107,7 @@ def check_work_dir(cfg: Config, model: nn.Module, *, trust: bool = False) -> lis
     if not resume:
         if present:
             raise ValueError(
-                f"{_holding(work_dir, present)}, that a new run could overwrite. Go on with it (--resume), or choose "
+                f"{_holding(work_dir, present)}, which a new run could overwrite. Resume it (--resume), or choose "
                 "another --work-dir."
             )
         if not named:
@@ -117,13 +117,13 @@ def check_work_dir(cfg: Config, model: nn.Module, *, trust: bool = False) -> lis
         return check_start(model, checkpoint) + check_classes(node, trained, checkpoint, keeps_order=False)
     if named and present and Path(named).resolve().parent != work_dir.resolve():
         raise ValueError(
-            f"{_holding(work_dir, present)}, that a run resumed from {str(named)!r} could overwrite. Choose another "
+            f"{_holding(work_dir, present)}, which a run resumed from {str(named)!r} could overwrite. Choose another "
             "--work-dir."
         )
     source = named or latest_checkpoint(work_dir, elsewhere=bool(hook.get("out_dir")))
     if source is None and present:
         raise ValueError(
-            f"{_holding(work_dir, present)}, but none that says how far it is (iter_N.pth, epoch_N.pth): name it, "
+            f"{_holding(work_dir, present)}, but no checkpoint named iter_N.pth or epoch_N.pth; pass one explicitly: "
             "--resume FILE."
         )
     if source is None:
@@ -147,10 +147,10 @@ def check_work_dir(cfg: Config, model: nn.Module, *, trust: bool = False) -> lis
 
 
 def _notes_of_settings(cfg: Config, checkpoint: Checkpoint, source: str) -> list[str]:
-    """Tells of settings that a resumed run doesn't take from the config.
+    """Reports settings that a resumed run doesn't take from the config.
 
     Raises:
-        ValueError: the optimizer is another one, whose state can't be taken over.
+        ValueError: the optimizer is another one, so its state can't be restored.
     """
     text = checkpoint.extras["meta"].get("cfg")
     before = _settings(text) if isinstance(text, str) else {}
@@ -159,20 +159,20 @@ def _notes_of_settings(cfg: Config, checkpoint: Checkpoint, source: str) -> list
     kinds = [type_name(optimizer) for optimizer in optimizers]
     if all(kinds) and kinds[0] != kinds[1]:
         raise ValueError(
-            f"{source!r} was trained with {kinds[0]}, and optim_wrapper.optimizer is {kinds[1]} now. Resume with the "
-            "config (and --optimizer) that it was trained with, or start from its weights alone: --cfg-options "
+            f"{source!r} was trained with {kinds[0]}, but optim_wrapper.optimizer is {kinds[1]} now. Resume with the "
+            "config (and --optimizer) that it was trained with, or start only from its weights: --cfg-options "
             f"load_from={source}."
         )
     changes = [change for change in changes_between(before, now) if change.path.startswith(SAVED)] if before else []
     return [
-        f"{change.path} is {change.new!r} now and was {change.old!r} in the run that is resumed, which goes on as it "
-        f"was. To train with another, start from the weights: --cfg-options load_from={source}."
+        f"{change.path} is {change.new!r} now, but the resumed run keeps its old value, {change.old!r}. To change it, "
+        f"start from the weights: --cfg-options load_from={source}."
         for change in changes
     ]
 
 
 def _settings(text: str) -> dict[str, Any]:
-    """What the text of a config, as MMEngine writes it, says of optimizer and schedules; read as data."""
+    """What the text of a config, as MMEngine writes it, says about optimizer and schedules; read as data."""
     try:
         statements = ast.parse(text).body
     except SyntaxError:  # not written by MMEngine
@@ -203,8 +203,8 @@ def _notice_of_end(cfg: Config, meta: dict, source: str) -> list[str]:
         return []
     end = f"{source!r} is the end of its run ({unit} {done} of {whole})"
     return [
-        f"{end}: nothing is left to train. With a larger train_cfg.{field} it goes on at the rate at which its "
-        f"schedules ended; a new run can start from its weights: --cfg-options load_from={source}."
+        f"{end}: nothing is left to train. With a larger train_cfg.{field} it continues at the learning rate at which "
+        f"its schedules ended; a new run can start from its weights: --cfg-options load_from={source}."
     ]
 
 
@@ -218,5 +218,5 @@ def _check_same_experiment(cfg: Config, experiment: str, source: str) -> None:
     if found and expected and found != expected:
         raise ValueError(
             f"work-dir {cfg.work_dir!r} holds checkpoints of the config {found!r}, not of {expected!r}. Choose another "
-            f"--work-dir, or, to go on with those weights on purpose, name the file: --resume {source}"
+            f"--work-dir, or, to resume from it on purpose, pass the file: --resume {source}"
         )

@@ -80,7 +80,7 @@ def build_runner(
     del model
     if tta:
         notices += enable_tta(cfg)
-    # Every process of a launcher checks for itself; the first one speaks. The process group does not exist yet.
+    # Every process of a launcher checks for itself; only the first one prints. The process group does not exist yet.
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
         for notice in notices:
             print(f"note: {notice}", flush=True)
@@ -96,9 +96,9 @@ def build_runner(
 
 
 def _spare_config_file(cfg: Config, training: bool) -> Config:
-    """Makes MMEngine name the expanded config by the time where it would write over another one.
+    """Makes MMEngine name the expanded config after the time if it would overwrite another one.
 
-    That is the user's own, where it lies in the work-dir, or, in testing, the one that a training left there.
+    That is the user's own, if it lies in the work-dir, or, in testing, the one that a training left there.
     """
     in_work_dir = cfg.filename and Path(cfg.filename).resolve().parent == Path(cfg.work_dir).resolve()
     if not cfg.filename or (training and not in_work_dir):

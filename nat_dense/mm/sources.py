@@ -34,7 +34,7 @@ class Source:
 
     @property
     def reader(self) -> str:
-        """Full name of the class that says how annotations are read; a subclass with a format of its own is another."""
+        """Full name of the class that says how annotations are read; a subclass with its own format is named itself."""
         own = {"load_data_list", "parse_data_info"}
         base = next((base for base in self.cls.__mro__ if own & vars(base).keys()), self.cls)
         return f"{base.__module__}.{base.__name__}"
@@ -44,7 +44,7 @@ class Source:
         """The dataset itself, without its pipeline and, where its class can be built so, before it has read anything.
 
         Its class may set any field: only the dataset knows. Some look for their files at the end of their constructors;
-        that they fail there is left to the checks, which say more.
+        failing there is left to the checks, which say more.
 
         Raises:
             FileNotFoundError: it lacks a file that its class needs to be built.
@@ -70,7 +70,7 @@ class Source:
         if not issubclass(self.cls, BaseDataset):
             return ()
         given = self.dataset.metainfo.get("classes")
-        if isinstance(given, str):  # MMEngine also takes a file with a class a line, and text for what it is.
+        if isinstance(given, str):  # MMEngine also takes a file with one class per line; any other text stays as it is.
             raise ValueError(
                 f"{self.name}.metainfo.classes is the text {given!r}: expected several names, or one and a comma, "
                 f"({given!r},), or a file that lists them."
@@ -78,7 +78,7 @@ class Source:
         return tuple(given or ())
 
     def transforms(self, name: str) -> list[dict]:
-        """The configs of the transforms of this type in the pipeline, but for those inside of others."""
+        """The configs of the transforms of this type in the pipeline, except those inside others."""
         return [t for t in self.cfg.get("pipeline") or [] if isinstance(t, dict) and type_name(t) == name]
 
     def transform(self, name: str) -> dict:
@@ -87,7 +87,7 @@ class Source:
 
 
 def sources_of(dataset: Any, name: str) -> Iterator[Source]:
-    """The datasets of a config that are no wrappers, where their type is a class; arguments as for `datasets_of`."""
+    """The datasets of a config that are not wrappers, if their type is a class; arguments as for `datasets_of`."""
     for place, config in datasets_of(dataset, name):
         if not is_wrapper(config) and isinstance(cls := known_class(place, config, DATASETS), type):
             yield Source(place, config, cls)

@@ -1,7 +1,7 @@
-"""What is wrong with a config's optimizer, schedules, loops or hooks is found before anything is written.
+"""Finds what is wrong with a config's optimizer, schedules, loops or hooks before anything is written.
 
 MMEngine builds them when training starts, in a work-dir that then exists. A misspelt field of its CheckpointHook shows
-at the first checkpoint, when all that was trained until then is lost, and one of `paramwise_cfg` never.
+only at the first checkpoint, when the training so far is lost, and one of `paramwise_cfg` never does.
 """
 
 import logging
@@ -47,40 +47,40 @@ RULES = ("lr_mult", "decay_mult")
 """What those constructors multiply by a rule of `custom_keys`; other fields are the optimizer's."""
 
 DECAYS = {"decay_mult", "bias_decay_mult", "norm_decay_mult", "dwconv_decay_mult"}
-"""Rules for which those constructors ask for a weight decay."""
+"""Rules for which those constructors need a weight decay."""
 
 COUNTS = {"max_epochs": 1, "max_iters": 1, "val_interval": 1, "val_begin": 0}
-"""Fields of loops that count, and the least that they may be: with less MMEngine trains nothing, or fails later."""
+"""Fields of loops that are counts, and their minimum: with less, MMEngine trains nothing, or fails later."""
 
 SOME_BATCHES = 100
-"""Iterations an epoch for schedules that are converted to them; how many there will be is not known before."""
+"""Assumed iterations per epoch for schedules that are converted to them; the real number isn't known yet."""
 
 NUMBERS = ("lr", "weight_decay", "momentum")
-"""Fields of optimizers that are one number."""
+"""Fields of optimizers that are a single number."""
 
 LEFT_OUT_BY_NONE = ("runtime_info", "timer", "sampler_seed", "logger", "param_scheduler", "checkpoint")
-"""The hooks that MMEngine adds, and that `default_hooks` can take away."""
+"""The hooks that MMEngine adds, and that `default_hooks` can remove."""
 
 REPORTERS = {"visualizer": (VISUALIZERS, "Visualizer"), "log_processor": (LOG_PROCESSORS, "LogProcessor")}
-"""What shows and writes a run's results, its registry, and the type that the Runner takes where none is named."""
+"""What shows and writes a run's results, its registry, and the type that the Runner uses if none is given."""
 
 ENVIRONMENT = ("cudnn_benchmark", "dist_cfg", "mp_cfg", "resource_limit")
 """What MMEngine's Runner looks for in `env_cfg`."""
 
 
 def check_training(cfg: Config, model: nn.Module) -> list[str]:
-    """Checks all that trains a model and isn't one.
+    """Checks all that trains a model, but not the model itself.
 
     Args:
         cfg: the config; its `default_scope` must be active.
         model: the model that it builds; not changed.
 
     Returns:
-        Sentences for the user, on schedules that have no time and rules that no parameter follows.
+        Notes for the user on schedules that have no time to act and rules that match no parameter.
 
     Raises:
-        ValueError: a field or a type is misspelt, a count or a number is none, or the optimizer can't be built for the
-            model.
+        ValueError: a field or a type is misspelt, a count or a number isn't one, or the optimizer can't be built for
+            the model.
     """
     level, seed = cfg.get("log_level", "INFO"), (cfg.get("randomness") or {}).get("seed")
     if isinstance(level, str) and not isinstance(logging.getLevelName(level), int):
@@ -122,7 +122,7 @@ def check_training(cfg: Config, model: nn.Module) -> list[str]:
 
 
 def _check_places_of_hooks(cfg: Config) -> None:
-    """Checks the form of both places, in which MMEngine names no hook that is wrong."""
+    """Checks the form of both places, where MMEngine doesn't say which hook is wrong."""
     named = cfg.get("default_hooks") or {}
     for name, node in named.items():
         if isinstance(node, dict) and "type" not in node:
@@ -130,8 +130,8 @@ def _check_places_of_hooks(cfg: Config) -> None:
             raise ValueError(f"default_hooks.{name} has no type: expected a hook's config.{hint}")
         if node is None and name not in LEFT_OUT_BY_NONE:
             raise ValueError(
-                f"default_hooks.{name} is None, which takes away {', '.join(LEFT_OUT_BY_NONE)} alone: expected a "
-                "hook's config."
+                f"default_hooks.{name} is None, which only removes {', '.join(LEFT_OUT_BY_NONE)}: expected a hook's "
+                "config."
             )
     if isinstance(cfg.get("custom_hooks"), dict):
         raise ValueError("custom_hooks is a dict: expected a list of hooks' configs.")
@@ -146,33 +146,33 @@ def _check_priority(name: str, given: Any) -> None:
 
 
 def _note_of_time(name: str, node: dict, loop: dict) -> str | None:
-    """A sentence where a schedule begins when the training is over, or a warm-up outlasts it."""
+    """A note if a schedule begins after the training ends, or a warm-up outlasts it."""
     end = loop.get("max_epochs" if node.get("by_epoch", True) else "max_iters")
     if not isinstance(end, (int, float)):
         return None
     unit = "epoch" if node.get("by_epoch", True) else "iteration"
     if node.get("begin", 0) >= end:
-        return f"{name} begins at {unit} {node['begin']}, and training ends at {end}: it never acts."
+        return f"{name} begins at {unit} {node['begin']}, but training ends at {end}: it never acts."
     if _warms_up(node) and isinstance(node.get("end"), (int, float)) and node["end"] > end:
-        return f"{name} warms up until {unit} {node['end']}, and training ends at {end}: it stays below its full rate."
+        return f"{name} warms up until {unit} {node['end']}, but training ends at {end}: it stays below its full rate."
     return None
 
 
 def _warms_up(node: dict) -> bool:
-    """Whether a schedule's rate grows to its full size; factors that are left out are a third and one."""
+    """Whether a schedule's rate grows to its full size; omitted factors are a third and one."""
     if type_name(node) == "LinearLR":
         return node.get("start_factor", 1 / 3) < node.get("end_factor", 1.0)
     return type_name(node) == "ConstantLR" and node.get("factor", 1 / 3) < 1
 
 
 def _notes_of_rules(wrapper: dict, model: nn.Module) -> list[str]:
-    """Tells of rules for single parameters that none follows."""
+    """Reports rules for single parameters that match none."""
     if wrapper.get("constructor", CONSTRUCTORS[0]) not in CONSTRUCTORS:
         return []
     names = [name for name, _ in model.named_parameters()]
     rules = (wrapper.get("paramwise_cfg") or {}).get("custom_keys") or {}
     return [
-        f"optim_wrapper.paramwise_cfg.custom_keys[{key!r}]: no parameter of the model has this in its name."
+        f"optim_wrapper.paramwise_cfg.custom_keys[{key!r}]: no parameter name contains {key!r}."
         for key in rules
         if not any(key in name for name in names)
     ]
@@ -200,7 +200,7 @@ def _check_schedule(name: str, node: dict, wrapper: OptimWrapper, loop: Any) -> 
         settings["epoch_length"] = SOME_BATCHES
     try:
         with at_least(logging.ERROR), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch, that no optimizer has stepped
+            warnings.simplefilter("ignore")  # torch's, that no optimizer has stepped
             scheduler = PARAM_SCHEDULERS.build(dict(fields), default_args=settings)
             acts_after_validation = getattr(scheduler, "need_val_args", False)
             if begin := fields.get("begin"):
@@ -216,8 +216,8 @@ def _check_schedule(name: str, node: dict, wrapper: OptimWrapper, loop: Any) -> 
         return
     if class_of(default_loop("train_cfg", loop), LOOPS) is IterBasedTrainLoop:
         raise ValueError(
-            f"{name} counts epochs (by_epoch=True, which is the default), and train_cfg iterations: it would take no "
-            "step. Set by_epoch=False."
+            f"{name} counts epochs (by_epoch=True, the default), but train_cfg counts iterations: it would never step. "
+            "Set by_epoch=False."
         )
 
 
@@ -231,14 +231,14 @@ def _check_optimizer(wrapper: dict, model: nn.Module) -> OptimWrapper:
             raise ValueError(f"optim_wrapper.optimizer.{field} is {value!r}: expected a number.")
     _check_paramwise(wrapper)
     try:
-        with at_least(logging.ERROR):  # the constructor tells of every parameter
+        with at_least(logging.ERROR):  # the constructor logs every parameter
             return build_optim_wrapper(model, Config({"wrapper": wrapper}).wrapper)
     except Exception as error:
         raise ValueError(f"optim_wrapper: {describe(error)}") from error
 
 
 def _check_paramwise(wrapper: dict) -> None:
-    """Checks the rules for single parameters, where the constructor is one that is known."""
+    """Checks the rules for single parameters, if the constructor is known."""
     name, constructor = "optim_wrapper.paramwise_cfg", wrapper.get("constructor", CONSTRUCTORS[0])
     if constructor not in CONSTRUCTORS:
         return
@@ -255,6 +255,6 @@ def _check_paramwise(wrapper: dict) -> None:
     decays = any(DECAYS.intersection(group) for group in (paramwise, *rules.values()))
     if decays and wrapper["optimizer"].get("weight_decay") is None:
         raise ValueError(
-            f"optim_wrapper.optimizer has no weight_decay, of which {name} takes fractions (decay_mult). Set it; 0 "
-            "decays nothing."
+            f"optim_wrapper.optimizer has no weight_decay, which {name} multiplies (decay_mult). Set it; 0 means no "
+            "decay."
         )

@@ -1,1 +1,1 @@
-"""What a training run looks like to a person: curves, predictions beside ground truth, one page of it all."""
+"""What a training run looks like to a person: curves, predictions beside ground truth, all on one page."""

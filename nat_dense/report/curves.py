@@ -16,7 +16,7 @@ def read_scalars(work_dir: str | Path) -> Scalars:
     """Reads every scalar that was logged in a work-dir.
 
     Args:
-        work_dir: A Runner's work-dir; where a run was resumed, the later parts win.
+        work_dir: A Runner's work-dir; if a run was resumed, the later parts win.
 
     Returns:
         Name -> iteration -> value.
@@ -43,7 +43,7 @@ def draw_curves(scalars: Scalars, metrics: Mapping[str, str], path: Path) -> Non
     Args:
         scalars: As `read_scalars` returns.
         metrics: Label -> name of a scalar, for the right half.
-        path: Picture to write; the suffix tells the format.
+        path: Picture to write; the suffix sets the format.
     """
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     loss_axes, metric_axes = figure.subplots(1, 2)

@@ -55,7 +55,7 @@ def predict_examples(model: Any, dataset: Any, indices: Iterable[int]) -> list[E
         indices: Which pictures.
 
     Returns:
-        One example an index.
+        One example per index.
     """
     model.eval()
     examples = []
@@ -79,14 +79,14 @@ def predict_examples(model: Any, dataset: Any, indices: Iterable[int]) -> list[E
 def draw_examples(
     examples: Sequence[Example], classes: Sequence[str], palette: Sequence[Sequence[int]], path: Path
 ) -> None:
-    """Draws picture, ground truth and prediction side by side, two examples a row. Boxes bear the names of their
-    classes; those of segmentation maps stand below.
+    """Draws picture, ground truth and prediction side by side, two examples per row. Boxes show the names of
+    their classes; those of segmentation maps are listed below.
 
     Args:
         examples: What to show.
         classes: Names of the categories.
         palette: Their colours, 0 .. 255.
-        path: Picture to write; the suffix tells the format.
+        path: Picture to write; the suffix sets the format.
     """
     rows = -(-len(examples) // 2)
     figure = Figure(figsize=(13, 2.3 * rows), layout="constrained")
@@ -139,7 +139,7 @@ def _colour(category: int, palette: Sequence) -> tuple[float, float, float]:
 
 
 def _instances(instances: Any) -> list[Region]:
-    """The instances of a data sample; of predictions, those that are likely, the least likely first."""
+    """The instances of a data sample; of predictions, only the likely ones, the least likely first."""
     if instances is None or len(instances) == 0:
         return []
     boxes = instances.bboxes

@@ -99,11 +99,11 @@ def write_report(path: Path, outcomes: Sequence[Outcome], options: ShapesOptions
         if name in HEADLINES
     ]
     seconds = max(outcome.result["seconds"] for outcome in outcomes)
-    headline.append(("the longer training, with evaluations", f"{clock(seconds)} min"))
+    headline.append(("the longer training, including evaluations", f"{clock(seconds)} min"))
     introduction = (
         f"Two models with Neighborhood Attention backbones, trained from scratch on {options.train} generated pictures "
         f"of {options.size} x {options.size} pixels and evaluated on {options.val} others: things of six shapes, "
-        "over one another and over textured ground; colours and textures tell the class of most of them, not of all."
+        "overlapping, on textured ground; colour and texture give away the class of most of them, but not of all."
     )
     write_page(
         path,
@@ -129,7 +129,7 @@ def _section(outcome: Outcome) -> Section:
         text=(
             f"{result['parameters'] / 1e6:.2f} million parameters, {result['backbone_parameters'] / 1e6:.2f} of them "
             f"in the backbone; {result['iterations']} iterations of {outcome.cfg.train_dataloader.batch_size} pictures "
-            f"in {clock(result['seconds'])} minutes with evaluations"
+            f"in {clock(result['seconds'])} minutes including evaluations"
             f"{' since the last start' if result['interrupted'] else ''}. Below: the curves, then the first {EXAMPLES} "
             "validation pictures, as they come. White: crowds, which are not evaluated."
         ),
@@ -150,7 +150,7 @@ def _how(outcomes: Sequence[Outcome]) -> Section:
             f"python tools/test.py {config} {checkpoint}",
         ]
     return Section(
-        title="Again, by hand",
+        title="To run it again by hand",
         text="The same trainings and evaluations through the tools that serve every other config (those of "
         "configs/quickstart, with this run's data, seed and length):",
         commands="\n".join(commands),

@@ -20,7 +20,7 @@ def test_boxes_that_are_not_trained_with(coco, bbox, area):
     (notice,) = check_data(cfg, TRAIN)
     assert "train_dataloader.dataset.ann_file: " in notice
     assert (
-        f"1 of 4 boxes are left out: smaller than a pixel, of area 0 or outside their image, such as {bbox} (id 2)"
+        f"1 of 4 boxes are left out: smaller than a pixel, with area 0 or outside their image, such as {bbox} (id 2)"
         in notice
     )
     instances = [len(DATASETS.build(cfg.train_dataloader.dataset).get_data_info(i)["instances"]) for i in range(4)]
@@ -57,7 +57,7 @@ def test_filters_of_own_datasets(coco):
 def test_no_image_that_filters_leave(coco):
     cfg, _ = coco
     cfg.train_dataloader.dataset.filter_cfg.min_size = 65
-    assert "filter_cfg.min_size=65 leaves out smaller images: none is left" in message(ValueError, cfg)
+    assert "filter_cfg.min_size=65 leaves out smaller images: no image is left" in message(ValueError, cfg)
     cfg.train_dataloader.dataset.filter_cfg.min_size = 64
     assert check_data(cfg, TRAIN) == []
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
@@ -71,7 +71,7 @@ def test_boxes_as_fractions_of_the_image(coco):
     edit_annotations(root, lambda c: [a.update(bbox=[0.1, 0.1, 0.5, 0.5]) for a in c["annotations"]])
     text = message(ValueError, cfg)
     assert (
-        "all 4 boxes are smaller than a pixel, of area 0 or outside their image, such as [0.1, 0.1, 0.5, 0.5] (id 1)"
+        "all 4 boxes are smaller than a pixel, with area 0 or outside their image, such as [0.1, 0.1, 0.5, 0.5] (id 1)"
         in text
     )
     assert text.endswith("on 96x64 pixels: expected [x, y, width, height] in pixels.")
@@ -102,9 +102,9 @@ def test_annotation_file_that_is_not_json(coco):
         (lambda c: c["annotations"][0].update(image_id=99), "image_id 99, which no image has"),
         (lambda c: c["annotations"][0].update(category_id=99), "category_id 99, which no category has"),
         (lambda c: c["annotations"].clear(), "has no annotations, and filter_cfg.filter_empty_gt leaves out images"),
-        (lambda c: c["annotations"][1].update(id=c["annotations"][0]["id"]), "annotations[1] has the id"),
-        (lambda c: c["images"][3].update(id=1), "images[3] has the id 1 of images[1]"),
-        (lambda c: c["categories"][2].update(id=1), "categories[2] has the id 1 of categories[0]"),
+        (lambda c: c["annotations"][1].update(id=c["annotations"][0]["id"]), "annotations[1] has the same id as"),
+        (lambda c: c["images"][3].update(id=1), "images[3] has the same id as images[1]: 1."),
+        (lambda c: c["categories"][2].update(id=1), "categories[2] has the same id as categories[0]: 1."),
         (lambda c: c["annotations"][1].update(bbox=["1", 2, 3, 4]), "annotations[1].bbox is ['1', 2, 3, 4]"),
         (lambda c: c["annotations"][1].update(bbox=[1, 2, 3]), "annotations[1].bbox is [1, 2, 3]"),
         (lambda c: c["annotations"][1].update(area="large"), "annotations[1].area is 'large'"),
@@ -119,9 +119,7 @@ def test_annotation_file_that_lacks_something(coco, change, expected):
 def test_crowds_alone(coco):
     cfg, root = coco
     edit_annotations(root, lambda c: [annotation.update(iscrowd=1) for annotation in c["annotations"]])
-    assert "all 4 annotations are of crowds (iscrowd=1), which MMDetection learns nothing from" in message(
-        ValueError, cfg
-    )
+    assert "all 4 annotations are crowds (iscrowd=1), on which MMDetection doesn't train" in message(ValueError, cfg)
     edit_annotations(root, lambda c: c["annotations"][0].update(iscrowd=0))
     assert check_data(cfg, TRAIN) == []
 
@@ -149,7 +147,7 @@ def test_outlines_without_area(coco):
 def test_an_object_without_outline(coco):
     cfg, root = coco
     edit_annotations(root, lambda c: c["annotations"][1].update(segmentation=[]))
-    assert "the annotation of id 2 has the segmentation [], on which MMDetection fails" in message(ValueError, cfg)
+    assert "the annotation with id 2 has the segmentation [], on which MMDetection fails" in message(ValueError, cfg)
     with pytest.raises(KeyError, match="mask"):
         DATASETS.build(cfg.train_dataloader.dataset)[1]
 

@@ -102,8 +102,11 @@ def test_fields_of_what_is_none():
     [
         ({"train_cfg.max_epochs.x": 1}, "--cfg-options train_cfg.max_epochs.x: train_cfg.max_epochs is 36, which"),
         ({"model.neck": None, "model.neck.in_channels": 3}, "model.neck is None, which has no fields to set."),
-        ({"param_scheduler.2.begin": 1}, "param_scheduler.2.begin: param_scheduler is a list; expected 0 to 1."),
-        ({"param_scheduler.first": 1}, "param_scheduler is a list; expected 0 to 1."),
+        (
+            {"param_scheduler.2.begin": 1},
+            "param_scheduler.2.begin: param_scheduler is a list; expected an index, 0 to 1.",
+        ),
+        ({"param_scheduler.first": 1}, "param_scheduler is a list; expected an index, 0 to 1."),
     ],
 )
 def test_options_for_fields_that_can_not_be(options, expected):
@@ -130,7 +133,7 @@ def test_keys_that_mmengine_reads_and_those_of_other_code_can_be_set(tmp_path):
     (tmp_path / "c.py").write_text("mine = dict(number=3)\nother = dict(number=4)\n")
     cfg = load_config(str(tmp_path / "c.py"), {"find_unused_parameters": True, "compile": False, "mine.number": 5})
     assert (cfg.find_unused_parameters, cfg.compile, cfg.mine.number) == (True, False, 5)
-    note = "--cfg-options mine.number: MMEngine reads no 'mine'; it is there for code of your own."
+    note = "--cfg-options mine.number: MMEngine doesn't read 'mine'; it has an effect only if your own code reads it."
     assert merge_options(cfg, {"mine.number": 6, "sync_bn": "torch"}) == [note]
 
 
@@ -141,9 +144,9 @@ def test_keys_of_older_releases_and_those_that_look_like_others(tmp_path):
         "val_dataloader = dict(dataset=dict(pipeline=test_pipeline, img_scale=img_scale))\n"
     )
     assert check_keys(load_config(str(tmp_path / "c.py"))) == [
-        "'optimizer' is a key of older releases, which nothing reads any more; set optim_wrapper.optimizer.",
-        "the config's 'laod_from' is read by nothing: is 'load_from' meant?",
-        "'lr_config' is a key of older releases, which nothing reads any more; set param_scheduler.",
+        "'optimizer' is a key from older releases that nothing reads any more; set optim_wrapper.optimizer.",
+        "nothing reads the config's 'laod_from'; did you mean 'load_from'?",
+        "'lr_config' is a key from older releases that nothing reads any more; set param_scheduler.",
     ]
     (tmp_path / "d.py").write_text(
         "data = dict(r='x')\nrunner = [1]\noptimizer = dict(lr=1)\nn = [i for i in runner]\n"
@@ -189,7 +192,7 @@ def test_values_that_are_equal_by_accident(tmp_path):
         cfg = load_config(str(tmp_path / "c.py"))
         assert len(merge_options(cfg, {option: 5})) == 1
         assert cfg[option] == 5
-    with pytest.raises(ValueError, match=r"made of it: param_scheduler.left, param_scheduler.sizes_too\."):
+    with pytest.raises(ValueError, match=r"made from it: param_scheduler.left, param_scheduler.sizes_too\."):
         load_config(str(tmp_path / "c.py"), {"left": 5})
     both = {"left": 5, "param_scheduler.left": 5, "param_scheduler.sizes_too": 5}
     assert load_config(str(tmp_path / "c.py"), both).param_scheduler.left == 5

@@ -143,7 +143,7 @@ def test_skipped_images_of_a_validation_count_as_missed(coco):
     (root / "val2017" / "1.jpg").write_bytes(b"no image")
     cfg.data_checks = dict(bad_images="skip")
     (warning,) = check_data(cfg, ("val_dataloader",))
-    assert "mAP counts what is on them as missed" in warning
+    assert "mAP counts the objects in them as missed" in warning
 
 
 @pytest.mark.parametrize("option", ["default_hooks.visualization.draw=True", "test_evaluator.output_dir=out"])
@@ -158,7 +158,7 @@ def test_images_of_one_name_where_files_are_named_after_them(ade, option):
     test = ("test_dataloader",)
     assert check_data(cfg, test) == []
     cfg.merge_from_dict(parse_options([option]))
-    assert "have one name, and --show-dir and --out name files after images" in message(ValueError, cfg, test)
+    assert "two test images share a name" in message(ValueError, cfg, test)
     parts["img_path"], parts["seg_map_path"] = "images/parts/a", "annotations/parts/a"
     cfg.test_dataloader.dataset.data_prefix = parts
     assert check_data(cfg, test) == []
@@ -283,7 +283,7 @@ def test_no_image_is_left(coco):
     for file in (root / "train2017").iterdir():
         file.write_bytes(b"")
     cfg.data_checks = dict(bad_images="skip")
-    assert "None is left" in message(ValueError, cfg)
+    assert "No readable image is left" in message(ValueError, cfg)
 
 
 def test_images_of_four_channels(coco):

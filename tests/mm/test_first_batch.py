@@ -43,8 +43,8 @@ def fails(config: str, options: list[str], tmp_path, capsys) -> str:
     assert not list((tmp_path / "run").rglob("*.pth"))
     assert not list((tmp_path / "run").rglob("scalars.json"))
     line, hint = capsys.readouterr().err.strip().splitlines()[-2:]
-    assert line.startswith("train.py: error: the first batch of validation, tried before training, fails: ")
-    assert line.endswith("(--cfg-options data_checks.validation=none trains without trying)")
+    assert line.startswith("train.py: error: the first validation batch, tried before training, fails: ")
+    assert line.endswith("(--cfg-options data_checks.validation=none skips this trial)")
     assert hint == "(traceback: NAT_DENSE_DEBUG=1)"
     return line
 
@@ -238,7 +238,7 @@ def test_a_first_batch_that_can_not_be_trained_is_told_in_one_line(tmp_path, cap
     with pytest.raises(SystemExit, match="2"):
         load_tool("train").main([DETECTOR, "--work-dir", str(tmp_path / "run"), "--cfg-options", *options])
     line, hint = capsys.readouterr().err.strip().splitlines()[-2:]
-    assert re.match(r"train.py: error: before a batch was trained: (Type|Attribute)Error: .*" + expected, line)
+    assert re.match(r"train.py: error: before the first batch was trained: (Type|Attribute)Error: .*" + expected, line)
     assert hint == "(traceback: NAT_DENSE_DEBUG=1)"
 
 
@@ -271,7 +271,7 @@ def test_a_first_batch_that_can_not_be_tested_is_told_in_one_line(tmp_path, caps
     with pytest.raises(SystemExit, match="2"):
         load_tool("test").main([SEGMENTOR, checkpoint, "--work-dir", str(tmp_path / "test"), "--cfg-options", *options])
     line = capsys.readouterr().err.strip().splitlines()[-2]
-    assert line.startswith("test.py: error: before a batch was tested: AssertionError: Only ")
+    assert line.startswith("test.py: error: before the first batch was tested: AssertionError: Only ")
     assert "got slied." in line
 
 
@@ -332,10 +332,10 @@ def test_masks_that_a_model_does_not_predict(tmp_path, capsys):
     """Which COCO's metric would miss after an epoch, or a whole test."""
     options = [*coco_options(write_coco(tmp_path / "coco")), "model.roi_head.mask_head=None"]
     options += ["model.roi_head.mask_roi_extractor=None", "train_dataloader.dataset.pipeline.1.with_mask=False"]
-    expected = "the evaluator's metric 'segm' compares masks, and this model predicts none"
+    expected = "the evaluator's metric 'segm' compares masks, but this model predicts none"
     assert expected in fails(DETECTOR, options, tmp_path, capsys)
     options.append("val_evaluator.metric=bbox")
     load_tool("train").main([DETECTOR, "--work-dir", str(tmp_path / "boxes"), "--cfg-options", *options])
     with pytest.raises(SystemExit):
         load_tool("test").main([DETECTOR, str(tmp_path / "boxes" / "epoch_1.pth"), "--cfg-options", *options])
-    assert f"before a batch was tested: {expected}" in capsys.readouterr().err
+    assert f"before the first batch was tested: {expected}" in capsys.readouterr().err

@@ -50,7 +50,7 @@ def check(config: str, field: str | None = None) -> list[str]:
 )
 def test_misspelt_fields(config, field, meant):
     place, _, given = field.rpartition(".")
-    with pytest.raises(ValueError, match=f"^{place}: nothing asks for a field {given!r}. Did you mean {meant!r}\\?$"):
+    with pytest.raises(ValueError, match=f"^{place}: nothing reads a field {given!r}. Did you mean {meant!r}\\?$"):
         check(config, field)
 
 
@@ -73,7 +73,7 @@ def test_a_field_that_is_like_no_other_is_told():
     cfg = load_config(DETECTOR, parse_options([*NANO, "model.neck.in_channels=[32,64,128,256]", f"{place}=0.5"]))
     init_default_scope("mmdet")
     _, warnings = check_model(cfg)
-    assert warnings == [f"{place}: the classes of this model ask for no field of this name."]
+    assert warnings == [f"{place}: no class of this model reads a field of this name."]
 
 
 @MODELS.register_module()
@@ -95,7 +95,7 @@ def test_fields_of_own_classes():
     cfg.model.test_cfg["nms_" + "prr"] = 5  # a word that doesn't stand here; a function elsewhere may read it
     (note,) = check_free_fields(cfg.model, parts_of(cfg.model))
     assert note.startswith(
-        f"model.test_cfg.nms_{'prr'}: the classes of this model ask for no field of this name. Is 'nms_pr"
+        f"model.test_cfg.nms_{'prr'}: no class of this model reads a field of this name. Did you mean 'nms_pr"
     )
 
 

@@ -17,7 +17,7 @@ INFINITE = dict(type="InfiniteSampler", shuffle=True)
 def test_a_training_by_epochs_that_never_ends(coco):
     cfg, _ = coco
     cfg.train_dataloader.sampler = INFINITE
-    expected = "train_dataloader.sampler is an InfiniteSampler, and train_cfg (EpochBasedTrainLoop) goes on until"
+    expected = "train_dataloader.sampler is an InfiniteSampler, but train_cfg (EpochBasedTrainLoop) runs until"
     assert expected in message(ValueError, cfg)
     cfg.train_cfg = dict(max_epochs=1)
     assert expected in message(ValueError, cfg)
@@ -44,7 +44,7 @@ def test_a_validation_that_never_ends(ade, name):
     cfg, _ = ade
     cfg[f"{name}_dataloader"].sampler = INFINITE
     loop = dict(val="ValLoop", test="TestLoop")[name]
-    assert f"{name}_cfg ({loop}) goes on" in message(ValueError, cfg, (f"{name}_dataloader",))
+    assert f"{name}_cfg ({loop}) runs until" in message(ValueError, cfg, (f"{name}_dataloader",))
 
 
 def test_classes_of_the_validation_in_another_order(ade):
@@ -88,7 +88,7 @@ def test_padding_that_is_a_class(ade):
     train = cfg.train_dataloader.dataset
     cfg.train_dataloader.dataset = dict(type="ConcatDataset", datasets=[train, train])
     (note,) = check_data(cfg, TRAIN)
-    assert "seg_pad_val is 0, which the heads take for a class (their ignore_index: 255)" in note
+    assert "seg_pad_val: a padding value of 0 is a class for the heads (ignore_index 255)" in note
     assert check_data(cfg, ("test_dataloader",)) == []
     cfg.model.decode_head.ignore_index = 0
     assert check_data(cfg, TRAIN) == []
@@ -100,7 +100,7 @@ def test_folders_that_nobody_reads(request, task):
     cfg.train_dataloader.dataset.data_prefix["image"] = "x/"
     (note,) = check_data(cfg, TRAIN)
     read = dict(coco="img, seg", ade="img_path, seg_map_path")[task]
-    assert note == f"train_dataloader.dataset.data_prefix.image is read by nothing; the dataset reads {read}."
+    assert note == f"nothing reads train_dataloader.dataset.data_prefix.image; the dataset reads {read}."
 
 
 def test_the_annotation_of_id_0_in_a_validation(coco):
@@ -112,7 +112,7 @@ def test_the_annotation_of_id_0_in_a_validation(coco):
     file.write_text(json.dumps(content))
     edit_annotations(root, lambda content: content["annotations"][0].update(id=0))  # in training it is as any other
     (note,) = check_data(cfg, TRAIN)
-    assert "instances_val2017.json' has an annotation of id 0, which COCO's evaluation counts as missed" in note
+    assert "instances_val2017.json' has an annotation with id 0, which COCO's evaluation always counts" in note
     cfg.val_evaluator.ann_file = None  # it then numbers them itself
     assert check_data(cfg, TRAIN) == []
     cfg.val_evaluator.update(ann_file=str(file), format_only=True, outfile_prefix="x")
@@ -129,6 +129,6 @@ def test_an_evaluator_of_other_images_of_the_same_ids(coco):
     assert check_data(cfg, TRAIN) == []
     other.write_text(other.read_text().replace("a/1.jpg", "7.jpg"))  # as a copy of the images might be called
     (note,) = check_data(cfg, TRAIN)
-    assert "that of id 1 is '7.jpg' there and '1.jpg' here. Unless they show the same" in note
+    assert "id 1 is '7.jpg' there and '1.jpg' here; the metric will be wrong. Ignore" in note
     other.write_text(other.read_text().replace('"width": 96', '"width": 97'))
-    assert "that of id 1 is '7.jpg' there and '1.jpg' here, of another size: the" in message(ValueError, cfg)
+    assert "id 1 is '7.jpg' there and '1.jpg' here, of another size: the" in message(ValueError, cfg)

@@ -102,8 +102,8 @@ def test_several_processes_without_gpus(device, monkeypatch):
     cfg = load_config(SEGMENTOR, {"launcher": "pytorch"})
     cfg.find_unused_parameters = True
     notices = fit_to_machine(cfg)
-    assert any("exchange gradients by gloo" in notice for notice in notices)
-    assert any("each process's own" in notice for notice in notices)
+    assert any("exchange gradients through gloo" in notice for notice in notices)
+    assert any("separate statistics in each process" in notice for notice in notices)
     assert cfg.model.decode_head.norm_cfg.type == "BN"
     assert cfg.model_wrapper_cfg == dict(
         type="CPUDistributedDataParallel", broadcast_buffers=False, find_unused_parameters=True

@@ -225,7 +225,7 @@ def test_batch_norm_with_one_image_left_over(tmp_path, monkeypatch, images, batc
 
 def test_frozen_stages_of_random_weights_are_told():
     (note,) = check_model(detector("model.backbone.frozen_stages=1"))[1]
-    assert note.startswith("model.backbone.frozen_stages is 1 and nothing says which weights it starts from")
+    assert note.startswith("model.backbone.frozen_stages is 1, but no pretrained weights are configured")
     assert check_model(detector("model.backbone.frozen_stages=1"), training=False)[1] == []
     assert check_model(detector("model.backbone.frozen_stages=1", "load_from=x.pth"))[1] == []
 

@@ -72,17 +72,17 @@ def test_parts_of_a_detector(checkpoints):
 
 def test_a_window_that_slides_is_told(checkpoints):
     cfg = load_config(SEGMENTOR, {"model.test_cfg": dict(mode="slide", crop_size=(64, 64), stride=(32, 32))})
-    assert "the file takes any whole" in graph_of(cfg, checkpoints[SEGMENTOR]).notices[-1]
+    assert "the file takes whole images" in graph_of(cfg, checkpoints[SEGMENTOR]).notices[-1]
 
 
 def test_weights_of_another_model_are_refused(checkpoints):
-    with pytest.raises(ValueError, match="is of another model"):
+    with pytest.raises(ValueError, match="belongs to another model"):
         graph_of(load_config(SEGMENTOR), checkpoints[DETECTOR])
 
 
 def test_weights_of_a_backbone_alone_are_refused(tmp_path):
     torch.save(NAT(arch="nano").state_dict(), tmp_path / "backbone.pth")
-    with pytest.raises(ValueError, match="holds a backbone alone; expected the weights of the whole model"):
+    with pytest.raises(ValueError, match="holds only a backbone; expected the weights of the whole model"):
         graph_of(load_config(SEGMENTOR), str(tmp_path / "backbone.pth"))
 
 

@@ -242,7 +242,7 @@ def test_states_of_other_groups_are_refused():
     other = wrapper(model, custom_keys={"0": dict(decay_mult=0.0), "2": dict(decay_mult=0.0)})
     one_each = wrapper(model, "DefaultOptimWrapperConstructor", custom_keys={"0": dict(decay_mult=0.0)})
     same.load_state_dict(copy.deepcopy(saved.state_dict()))
-    with pytest.raises(ValueError, match="or others in them: it was saved with another optimizer"):
+    with pytest.raises(ValueError, match="or with different members: it was saved with another optimizer"):
         other.load_state_dict(saved.state_dict())
     with pytest.raises(ValueError, match="has groups of 1, 1, 1, 1 parameters, this one of 2, 2"):
         other.load_state_dict(one_each.state_dict())

@@ -118,9 +118,9 @@ def test_dilated_segmentor_reads_two_stages_and_is_told_of_the_strides():
     assert (model.decode_head.in_channels, model.decode_head.in_index) == (768, 1)
     assert (model.auxiliary_head.in_channels, model.auxiliary_head.in_index) == (384, 0)
     assert swap.notes[:2] == [
-        "map 2 of the old backbone had stride 8; in its place is stage 2, of stride 16: what reads it gets coarser "
+        "map 2 of the old backbone had stride 8; stage 2, with stride 16, replaces it: what reads it gets coarser "
         "features.",
-        "map 3 of the old backbone had stride 8; in its place is stage 3, of stride 32: what reads it gets coarser "
+        "map 3 of the old backbone had stride 8; stage 3, with stride 32, replaces it: what reads it gets coarser "
         "features.",
     ]
 
@@ -141,7 +141,7 @@ def test_c4_model_keeps_its_shared_head_behind_a_projection():
     assert swap.cfg.model.rpn_head.in_channels == 1024
     assert any("shared_head" in note for note in swap.notes)
     assert swap.cfg.find_unused_parameters is True
-    assert any(note.startswith("nothing reads the backbone behind stage 2") for note in swap.notes)
+    assert any(note.startswith("nothing reads the backbone after stage 2") for note in swap.notes)
 
 
 def test_dilated_c5_detector_gets_the_stage_of_its_stride():
@@ -189,7 +189,7 @@ def test_unpublished_and_random_backbones_have_no_weights():
 
 
 def test_a_random_backbone_that_learns_slowly_is_told():
-    slowly = "lets the backbone learn at 0.1 of the learning rate"
+    slowly = "trains the backbone at 0.1 of the learning rate"
     cfg = load_config("mmdet::mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco.py")
     assert any(slowly in note for note in plan_swap(cfg, "nat-nano").notes)
     assert not any(slowly in note for note in plan_swap(cfg, "nat-tiny").notes)

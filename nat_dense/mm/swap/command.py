@@ -57,7 +57,7 @@ def check_new_config(out: Path, overwrite: bool) -> None:
     """Checks that a config can be written.
 
     Raises:
-        OSError: there is such a file or folder.
+        OSError: the file or folder exists.
         ValueError: the name is not that of a config in Python.
     """
     if out.suffix != ".py":
@@ -68,7 +68,7 @@ def check_new_config(out: Path, overwrite: bool) -> None:
 def write_expanded(cfg: Config, out: Path) -> None:
     """Writes a whole config that inherits from nothing, so that any tool can read it anywhere.
 
-    What its files import stays out, as do variables that older releases would take for settings.
+    What its files import stays out, as do variables that would pass for settings of older releases.
 
     Raises:
         ValueError: A value can't be written down as text.
@@ -110,8 +110,8 @@ def _base_path(config: str, out: Path) -> str:
             distribution("mmsegmentation")
         except PackageNotFoundError:
             raise ValueError(
-                f"--inherit: MMEngine finds {config!r} only where the distribution is called mmsegmentation, which "
-                "the installed one is not; leave --inherit out to write the whole config."
+                f"--inherit: MMEngine finds {config!r} only if the distribution is called mmsegmentation, which the "
+                "installed one is not; leave --inherit out to write the whole config."
             ) from None
     return config
 

@@ -1,4 +1,4 @@
-"""The maps that a backbone returns: measured on the one that goes, chosen from the one that comes."""
+"""The maps that a backbone returns: measured on the old one, chosen from the new one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ at stride 32, which deformable convolutions demand. Some vision transformers tak
 """
 
 COMPUTED_WEIGHTS = 80_000_000
-"""Backbones of fewer weights compute a small picture sooner than meta tensors tell its shapes."""
+"""Backbones with fewer weights compute a small picture faster than meta tensors give its shapes."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def measure(backbone: dict, scope: str | None) -> list[FeatureMap]:
     name = type_name(backbone)
     try:
         size = _image_size(backbone)
-        # MMCV's own synchronised norm can't be built before the processes know of each other.
+        # MMCV's own synchronised norm can't be built before the processes know each other.
         alone = copy.deepcopy(backbone)
         replace_sync_norms(alone)
         outputs = _run(build_on_meta(alone, scope), size)
@@ -60,7 +60,7 @@ def measure(backbone: dict, scope: str | None) -> list[FeatureMap]:
     if isinstance(outputs, Tensor):
         outputs = (outputs,)
     if not outputs or not all(isinstance(m, Tensor) and m.dim() == 4 for m in outputs):
-        raise SwapRefusedError(f"{name} returns something other than maps of features, on which its heads depend.")
+        raise SwapRefusedError(f"{name} returns something other than feature maps, on which its heads depend.")
     return [FeatureMap(m.shape[1], size[0] // m.shape[2]) for m in outputs]
 
 
@@ -76,7 +76,7 @@ def _run(module: nn.Module, size: tuple[int, int]) -> Any:
             try:
                 return module(torch.zeros(1, RGB, *size, device="meta"))
             except (RuntimeError, NotImplementedError, TypeError):
-                # MMCV's own operators (deformable convolutions) know no meta tensors.
+                # MMCV's own operators (deformable convolutions) don't support meta tensors.
                 pass
         module = module.to_empty(device="cpu")
         for tensor in (*module.parameters(), *module.buffers()):
@@ -102,7 +102,7 @@ def choose_stages(maps: Sequence[FeatureMap], segments: bool) -> list[int]:
         segments: Whether the model is a segmentor.
 
     Returns:
-        One stage (0 .. 3) a map, ascending.
+        One stage (0 .. 3) per map, ascending.
 
     Raises:
         SwapRefusedError: There is no stage for a map.

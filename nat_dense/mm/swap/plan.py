@@ -1,4 +1,4 @@
-"""The swap itself: from a config and the name of a backbone to a new config, its changes, and what to know of them."""
+"""The swap itself: from a config and a backbone's name to a new config, its changes, and what to know about them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Swap:
 
 
 def swap_backbone(cfg: Config, backbone: str, optimizer: Literal["adamw"] | None = None) -> Config:
-    """Puts a NAT, DiNAT or DiNAT_s under the model of a config; see `plan_swap`, which also tells what changed."""
+    """Puts a NAT, DiNAT or DiNAT_s under the model of a config; see `plan_swap`, which also reports what changed."""
     return plan_swap(cfg, backbone, optimizer).cfg
 
 
@@ -89,7 +89,7 @@ def plan_swap(cfg: Config, backbone: str, optimizer: Literal["adamw"] | None = N
 
 
 def _copy(cfg: Config, backbone: str) -> Config:
-    """A copy under a name of its own, after which MMEngine's tools call the work-dir."""
+    """A copy with its own name, after which MMEngine's tools name the work-dir."""
     new = copy.deepcopy(cfg)
     if cfg.filename:
         file = Path(cfg.filename)
@@ -98,7 +98,7 @@ def _copy(cfg: Config, backbone: str) -> Config:
 
 
 def _swap_model(cfg: Config, backbone: str) -> list[str]:
-    """Exchanges the backbone in place; returns sentences for the user."""
+    """Exchanges the backbone in place; returns notes for the user."""
     family, arch = BACKBONES[backbone]
     row = variant(family, arch)
     model, old = cfg.model, cfg.model.backbone
@@ -116,8 +116,8 @@ def _swap_model(cfg: Config, backbone: str) -> list[str]:
     if stages[kept[-1]] < len(STRIDES) - 1:
         cfg.find_unused_parameters = True
         notes.append(
-            f"nothing reads the backbone behind stage {stages[kept[-1]]}: the rest is not computed or trained, and "
-            "distributed training is told so (find_unused_parameters)."
+            f"nothing reads the backbone after stage {stages[kept[-1]]}: the rest is not computed or trained, and "
+            "find_unused_parameters is set for distributed training."
         )
     model["backbone"] = new
     if isinstance(model.get("data_preprocessor"), dict):
@@ -134,9 +134,9 @@ def _dilations(cfg: Config) -> str:
 
 def _stride_notes(maps: Sequence[FeatureMap], stages: Sequence[int], kept: Sequence[int]) -> list[str]:
     return [
-        f"map {i} of the old backbone had stride {maps[i].stride}; in its place is stage {stages[i]}, of stride "
-        f"{STRIDES[stages[i]]}: what reads it gets {'coarser' if STRIDES[stages[i]] > maps[i].stride else 'finer'} "
-        "features."
+        f"map {i} of the old backbone had stride {maps[i].stride}; stage {stages[i]}, with stride "
+        f"{STRIDES[stages[i]]}, replaces it: what reads it gets "
+        f"{'coarser' if STRIDES[stages[i]] > maps[i].stride else 'finer'} features."
         for i in kept
         if STRIDES[stages[i]] != maps[i].stride
     ]

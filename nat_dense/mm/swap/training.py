@@ -19,7 +19,7 @@ ADAMW = {
 """The published settings for each task."""
 
 ADAMW_BATCH = 16
-"""Images a step, for which they are."""
+"""The images per step that they are for."""
 
 UNDECAYED = (
     ".attn.rpb",
@@ -70,7 +70,7 @@ def adapt_weights(cfg: Any, row: Variant, new: dict, old: dict) -> list[str]:
         if frozen >= 0:
             new["frozen_stages"] = min(frozen, len(row.depths))
     elif pretrained:
-        notes.append("there are no published weights of this architecture: it starts from random ones, nothing frozen.")
+        notes.append("there are no published weights for this architecture: it starts from random ones, unfrozen.")
     else:
         notes.append("the old backbone started from random weights, and so does the new one.")
     return notes
@@ -100,7 +100,7 @@ def adapt_decay(optim_wrapper: dict, pretrained: bool) -> list[str]:
     paramwise = dict(optim_wrapper.get("paramwise_cfg") or {})
     if optim_wrapper.get("constructor") in LAYERWISE:
         notes.append(
-            f"{optim_wrapper['constructor']} knows the old backbone's layers only; all layers learn alike now."
+            f"{optim_wrapper['constructor']} knows only the old backbone's layers; all layers now have one lr."
         )
         optim_wrapper["constructor"] = "DefaultOptimWrapperConstructor"
         paramwise = {}
@@ -109,8 +109,8 @@ def adapt_decay(optim_wrapper: dict, pretrained: bool) -> list[str]:
     slowed = rules.get("backbone", {}).get("lr_mult", 1.0)
     if slowed < 1.0 and not pretrained:
         notes.append(
-            f"optim_wrapper.paramwise_cfg lets the backbone learn at {slowed:g} of the learning rate, which is meant "
-            "for pretrained weights; this one starts from random ones."
+            f"optim_wrapper.paramwise_cfg trains the backbone at {slowed:g} of the learning rate, which is meant for "
+            "pretrained weights; this one starts from random ones."
         )
     undecayed = dict(rules.get("backbone", {}), decay_mult=0.0)
     rules.update({key: dict(undecayed) for key in UNDECAYED})
@@ -141,11 +141,11 @@ def use_adamw(cfg: Any) -> list[str]:
         if scheduler.get("eta_min"):
             scheduler["eta_min"] *= ratio
     cfg.auto_scale_lr = dict(cfg.get("auto_scale_lr") or dict(enable=False), base_batch_size=ADAMW_BATCH)
-    return [f"AdamW's lr {new['lr']:g} is published for {ADAMW_BATCH} images a step (--auto-scale-lr scales it)."]
+    return [f"AdamW's lr {new['lr']:g} is published for {ADAMW_BATCH} images per step (--auto-scale-lr scales it)."]
 
 
 def optimizer_hint(cfg: Any, backbone: str) -> list[str]:
-    """A sentence where the config would train the new backbone with SGD."""
+    """A note if the config would train the new backbone with SGD."""
     optimizer = (cfg.get("optim_wrapper") or {}).get("optimizer") or {}
     if type_name(optimizer) != "SGD":
         return []

@@ -22,7 +22,7 @@ class Reader:
         node: Its config; `rewire` changes it.
         key: The field with the widths it expects: an int, or a list in the order of `positions`.
         positions: The maps it reads, by their place among the old backbone's; None for what comes from elsewhere.
-        default_index: What it reads where it has no `in_index`; None for parts that have no such field.
+        default_index: What it reads if it has no `in_index`; None for parts that have no such field.
     """
 
     path: str
@@ -110,7 +110,7 @@ def _readers(model: dict, widths: Sequence[int]) -> Iterator[Reader]:
 def _neck_readers(model: dict, neck: dict, widths: Sequence[int]) -> Iterator[Reader]:
     path = "model.neck[0]" if isinstance(model["neck"], (list, tuple)) else "model.neck"
     if "in_channels" not in neck:
-        raise SwapRefusedError(f"{path} ({type_name(neck)}) doesn't say in in_channels what it reads.")
+        raise SwapRefusedError(f"{path} ({type_name(neck)}) has no in_channels that says what it reads.")
     if type_name(neck) == "MultiLevelNeck":
         neck["scales"] = [1] * len(neck["in_channels"])
     positions = _find(neck["in_channels"], widths, path)
