@@ -142,7 +142,7 @@ class Training:
     Attributes:
         title: For people.
         cfg: As `task_config` returns.
-        folder: The work-dir, of this training alone.
+        folder: The work-dir, only for this training.
         data: The shapes that the config was made for.
     """
 
@@ -333,7 +333,7 @@ def _train_one(training: Training, messages: Queue[Message]) -> None:
 
 
 class _Watch(Hook):
-    """Tells the parent process how far training and evaluating are, and keeps the last evaluation's numbers.
+    """Reports to the parent process how far training and evaluating are, and keeps the last evaluation's numbers.
 
     Between iterations it takes the cores that other trainings have left.
     """

@@ -78,7 +78,7 @@ def nearly(given: str, known: Iterable[str]) -> str | None:
 
 
 def describe(error: Exception) -> str:
-    """The message of an exception as one readable line, with its type where the text alone says too little.
+    """The message of an exception as one readable line, with its type if the text alone says too little.
 
     If there is no message, the line of code that raised it. The same for what a loader's worker raised.
     """

@@ -102,7 +102,7 @@ def find_bad_labels(pictures: Sequence[Picture], how_many: str, allowed: Sequenc
         allowed: every value that a label map may hold.
 
     Yields:
-        One sentence for each fault.
+        One message for each fault.
     """
     for picture in pictures:
         if picture.label is None or not picture.label.is_file():

@@ -26,7 +26,7 @@ def fit_to_machine(cfg: Config, *, training: bool = True) -> list[str]:
     """Replaces, in place, what this machine can't run by what does the same work on it.
 
     Mixed precision without an accelerator, SyncBN in a single process or without GPUs, MMEngine's distributed model
-    without GPUs, persistent data workers where there are no workers, and pycocotools' mAP where faster-coco-eval is
+    without GPUs, persistent data workers if there are no workers, and pycocotools' mAP if faster-coco-eval is
     installed (the same numbers, faster).
 
     Args:
@@ -59,7 +59,7 @@ def fit_to_machine(cfg: Config, *, training: bool = True) -> list[str]:
             wrapper.pop(argument, None)
         notices.append("No accelerator: AmpOptimWrapper is replaced by OptimWrapper; training runs in float32.")
     if launcher == "none" and replace_sync_norms(cfg.get("model", {})):
-        notices.append("One process: SyncBN is replaced by BN, which computes the same in one process.")
+        notices.append("One process: SyncBN is replaced by BN, which computes the same.")
     for name in LOADERS["train" if training else "test"]:
         loader = cfg.get(name) or {}
         if loader.get("num_workers") == 0 and loader.get("persistent_workers"):

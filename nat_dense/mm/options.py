@@ -143,7 +143,7 @@ def enable_tta(cfg: Config) -> list[str]:
     """`--tta`: test-time augmentation, by the config's recipe or, for detectors without one, with a horizontal flip.
 
     Returns:
-        Sentences for the user: MMDetection merges boxes only, so masks are left out.
+        Notes for the user: MMDetection merges boxes only, so masks are left out.
 
     Raises:
         ValueError: the config has no recipe and its task no default, or a tested dataset has no pipeline.

@@ -50,7 +50,7 @@ def check_datasets(dataset: Any, name: str) -> None:
     """Checks the fields and pipelines of a dataset, and of those inside it; arguments as for `datasets_of`.
 
     Raises:
-        ValueError: there is no such dataset, it has no such field, or as `check_transforms`.
+        ValueError: there is no such dataset, it has no such field, or as in `check_transforms`.
     """
     for place, config in datasets_of(dataset, name):
         check_node(place, config, DATASETS)

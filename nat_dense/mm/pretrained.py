@@ -1,7 +1,7 @@
 """`init_cfg=dict(type="Pretrained", checkpoint=...)` through `nat_dense.checkpoints.load`.
 
-Importing this module replaces MMEngine's initializer, whose matching loses tensors silently. Files
-and modules that have nothing of ours in them still go to MMEngine's: stock models rely on its leniency.
+Importing this module replaces MMEngine's initializer, whose matching loses tensors silently. Files and modules that
+have nothing of ours in them still go to MMEngine's: stock models rely on its leniency.
 """
 
 from __future__ import annotations

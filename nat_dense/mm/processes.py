@@ -57,7 +57,7 @@ def join_on_cpus(cfg: Config) -> None:
 
 
 def let_first_write_metrics(runner: Runner) -> None:
-    """Makes the first process alone write the metrics of a test, before the Runner's `test` is called.
+    """Makes only the first process write the metrics of a test, before the Runner's `test` is called.
 
     MMEngine's hook writes them from all processes, at once and into one file, but with each one's own durations: where
     these differ in length, the end of the longer text is left after the shorter one, and the file is not JSON.
@@ -72,7 +72,7 @@ def leave_group() -> None:
 
     A thread of gloo keeps its last reduction until the group ends, and needs Python to release it. If the interpreter
     simply exits, the process aborts in about one of four cases (PyTorch 2.13). The group ends only when no
-    DistributedDataParallel holds it: hence the garbage collection: a Runner refers to itself.
+    DistributedDataParallel holds it: hence the garbage collection, since a Runner refers to itself.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         gc.collect()

@@ -87,7 +87,7 @@ def write_inheriting(cfg: Config, config: str, out: Path) -> None:
         out: The file to write.
 
     Raises:
-        ValueError: MMEngine alone can't find the old config, or a value can't be written down as text.
+        ValueError: MMEngine by itself can't find the old config, or a value can't be written down as text.
     """
     base = _base_path(config, out)
     changed = Config(differences(load_config(config)._cfg_dict, cfg._cfg_dict))

@@ -39,7 +39,7 @@ class Swap:
     Attributes:
         cfg: The new config; shares nothing with the old one.
         changes: Every field that differs.
-        notes: Sentences on what the user should know beyond the fields.
+        notes: What the user should know beyond the fields.
     """
 
     cfg: Config

@@ -50,7 +50,7 @@ def adapt_weights(cfg: Any, row: Variant, new: dict, old: dict) -> list[str]:
         old: The old backbone.
 
     Returns:
-        Sentences for the user.
+        Notes for the user.
     """
     notes = []
     model = cfg.model
@@ -94,7 +94,7 @@ def adapt_decay(optim_wrapper: dict, pretrained: bool) -> list[str]:
         pretrained: Whether the new backbone starts from published weights.
 
     Returns:
-        Sentences for the user.
+        Notes for the user.
     """
     notes = []
     paramwise = dict(optim_wrapper.get("paramwise_cfg") or {})
@@ -127,7 +127,7 @@ def use_adamw(cfg: Any) -> list[str]:
         cfg: The whole config, with any backbone; changed in place.
 
     Returns:
-        Sentences for the user.
+        Notes for the user.
 
     Raises:
         ValueError: The config has no optimizer.
