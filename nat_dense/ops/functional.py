@@ -8,6 +8,7 @@ the same for tokens in one tensor, whose gradient is one tensor too.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -203,9 +204,9 @@ def _pair(name: str, value: int | Pair) -> Pair:
     if type(value) is int:
         return value, value
     pair = tuple(value) if isinstance(value, list | tuple) else (value, value)
-    if len(pair) != 2 or any(not isinstance(n, int) or isinstance(n, bool) for n in pair):
+    if len(pair) != 2 or any(not isinstance(n, Integral) or isinstance(n, bool) for n in pair):
         raise ValueError(f"{name}={value!r}: expected an int or a pair of ints (rows, columns)")
-    return pair
+    return int(pair[0]), int(pair[1])
 
 
 def _check_is_tensor(name: str, value: Any) -> None:
@@ -297,7 +298,8 @@ def _run(pass_name, tensors, rpb, kernel_size, dilation, scale, backend, needs_g
     needs_lse = _needs_lse(needs_grad)
     if needs_grad is None:
         needs_grad = _any_requires_grad(tensors)
-    tensors = [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors]
+    # Not `contiguous`, which leaves any stride to a dimension of size 1.
+    tensors = [t if t is None or t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format) for t in tensors]
     kernel_size, dilation = tuple(kernel_size), tuple(dilation)
     query = tensors[0] if pass_name == "forward" else tensors[1]
     problem = Problem.of(query, rpb, kernel_size, dilation, needs_grad)
