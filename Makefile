@@ -32,7 +32,7 @@ test-slow: $(VENV)/.installed
 # On a machine with a GPU, in any environment that has torch, triton and pytest. With pytest-xdist,
 # `PYTEST_ADDOPTS="-n 10" make test-gpu` compiles the kernels side by side: 83 s on an H200 and 16 cores.
 test-gpu:
-	@$(PYTHON) -c "import sys; from nat_dense.ops.triton_na2d import why_no_kernels; sys.exit(why_no_kernels('cuda'))"
+	@$(PYTHON) -c "import sys; from nat_dense.ops.triton_launch import why_no_kernels; sys.exit(why_no_kernels('cuda'))"
 	$(PYTHON) -m pytest $(KERNEL_TESTS) tests/ops/test_gpu.py tests/ops/test_natten.py tests/models/test_mlp.py
 
 # Reads and writes outside of tensors; slow. Without torch's own pool of memory they would go unseen.

@@ -5,11 +5,11 @@ import os
 import pytest
 import torch
 
-from nat_dense.ops import triton_na2d
+from nat_dense.ops import triton_launch
 
 HAS_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 DEVICE = "cuda" if HAS_GPU else "cpu"
-REASON = triton_na2d.why_no_kernels(DEVICE)
+REASON = triton_launch.why_no_kernels(DEVICE)
 needs_kernel = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="there is no GPU")
 

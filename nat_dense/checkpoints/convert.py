@@ -20,7 +20,7 @@ from nat_dense.checkpoints.reading import Checkpoint
 from nat_dense.checkpoints.writing import check_suffix, save
 from nat_dense.files import atomic, check_folder, check_free
 from nat_dense.models import NAT, DiNAT_s, DiNATsClassifier, NATClassifier
-from nat_dense.models.backbone import Dilations, resolve_dilations
+from nat_dense.models.fields import Dilations, resolve_dilations
 
 Kind = Literal["dense", "classification", "hf", "mm"]
 KINDS: tuple[str, ...] = get_args(Kind)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from nat_dense.checkpoints.reading import DIRECTORY_FILES, Checkpoint
 from nat_dense.models import NAT, DiNAT, DiNAT_s
-from nat_dense.models.backbone import Dilations, NeighborhoodBackbone, resolve_dilations
+from nat_dense.models.backbone import NeighborhoodBackbone
+from nat_dense.models.fields import Dilations, resolve_dilations
 
 FAMILIES: dict[str, type[NeighborhoodBackbone]] = {"NAT": NAT, "DiNAT": DiNAT, "DiNAT_s": DiNAT_s}
 

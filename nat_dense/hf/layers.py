@@ -11,15 +11,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2CLS, ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nat_dense.hf.configuration import NatConfig, dilations_of
 from nat_dense.models.attention import attend
-from nat_dense.models.layers import ConvDownsampler, ConvTokenizer, DropPath, are_plain, in_runs
+from nat_dense.models.layers import ConvDownsampler, ConvTokenizer, DropPath, are_plain, in_runs, is_plain
 from nat_dense.models.linear import Linear
 from nat_dense.ops import reference
 from nat_dense.ops.problem import completed_size
+
+_ACTIVATIONS = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
+"""transformers' own, which look at one number at a time."""
 
 
 class PatchEmbeddings(nn.Module):
@@ -92,7 +95,7 @@ class SelfAttention(nn.Module):
             self.dilation,
             self.rpb,
             self.scale,
-            bias=(self.query.bias, self.key.bias, self.value.bias),
+            projections=(self.query, self.key, self.value),
             dropout=self.dropout.p if self.training else 0.0,
         )
         return out.flatten(-2), None
@@ -172,6 +175,9 @@ class Layer(GradientCheckpointingLayer):
     def _takes_whole_maps(self) -> bool:
         """Whether a part of the MLP may look at more than one token: hooks and replaced modules may do anything."""
         if self.drop_path.training or not are_plain({Intermediate: (self.intermediate,), Dense: (self.output,)}):
+            return True
+        act = self.intermediate.intermediate_act_fn
+        if not isinstance(act, nn.Module) or type(act) not in _ACTIVATIONS or not is_plain(act, type(act)):
             return True
         return not are_plain(
             {

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nat_dense.models.linear import on_gpu, suits_gpu_kernels
-from nat_dense.ops import triton_na2d
+from nat_dense.ops import triton_launch
 from nat_dense.ops.problem import accumulation_dtype
-from nat_dense.ops.triton_na2d import cdiv
+from nat_dense.ops.triton_launch import cdiv
 
 FORWARD: dict = dict(elements=1024, num_warps=2)
 """Numbers of a program of the forward kernel at a time; its warps."""
@@ -243,8 +243,8 @@ def _add_norm_backward(
 
 
 def _has_kernels(x: Tensor) -> bool:
-    fits = x.dtype in triton_na2d.DTYPES and 0 < x.shape[-1] <= LARGEST and x.numel() > 0
-    return fits and triton_na2d.why_no_kernels(x.device.type) is None
+    fits = x.dtype in triton_launch.DTYPES and 0 < x.shape[-1] <= LARGEST and x.numel() > 0
+    return fits and triton_launch.why_no_kernels(x.device.type) is None
 
 
 @torch.library.register_fake("nat_dense::add_norm")
@@ -362,7 +362,7 @@ def launch_backward(
 
     channels, per_sample = total.shape[-1], total.shape[1:-1].numel()
     block, warps = _block(channels, **BACKWARD)
-    runs = max(1, PROGRAMS * triton_na2d.processors(total) // len(total))  # of a sample
+    runs = max(1, PROGRAMS * triton_launch.processors(total) // len(total))  # of a sample
     run = cdiv(cdiv(per_sample, block["BLOCK_ROWS"]), runs) * block["BLOCK_ROWS"]
     kinds = _number_of_sums(bias, scale)
     grad_x = torch.empty_like(total)
@@ -391,10 +391,10 @@ def launch_backward(
             enable_fp_fusion=True,
             **block,
         )
-    return grad_x, total.new_empty(0) if grad_branch is None else grad_branch, triton_na2d.add_up(sums)
+    return grad_x, total.new_empty(0) if grad_branch is None else grad_branch, triton_launch.add_up(sums)
 
 
 def _block(channels: int, elements: int, num_warps: int) -> tuple[dict, int]:
     """Tokens that a program takes at a time, all channels of each; its warps."""
-    columns = triton_na2d.power_of_two(channels)
+    columns = triton_launch.power_of_two(channels)
     return dict(BLOCK_ROWS=max(1, elements // columns), BLOCK_COLUMNS=columns, EVEN=columns == channels), num_warps

@@ -90,7 +90,7 @@ class NeighborhoodAttention2D(nn.Module):
                 self.dilation,
                 self.rpb,
                 self.scale,
-                bias=self.qkv.bias,
+                projections=(self.qkv,),
                 dropout=self.attn_drop if self.training else 0.0,
                 backend=self.backend,
             )
@@ -109,7 +109,7 @@ def attend(
     rpb: Tensor | None,
     scale: float,
     *,
-    bias: Tensor | Sequence[Tensor | None] | None,
+    projections: Sequence[nn.Module],
     dropout: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
@@ -122,8 +122,7 @@ def attend(
         qkv: [B, H, W, 3, heads, head_dim] of one projection; or query, key and value, each [B, H, W, heads, head_dim],
             of three.
         kernel_size, dilation, rpb, scale, backend: As in `nat_dense.ops.na2d`.
-        bias: The biases of the projections, as `qkv`: [3 * heads * head_dim] of one, or three of [heads * head_dim];
-            None where they have none.
+        projections: The layers that gave `qkv`, one or three; padded tokens get what these make of zeros.
         dropout: Probability of dropping an attention weight. Above 0 the reference runs.
 
     Returns:
@@ -135,8 +134,7 @@ def attend(
     pad_key = pad_value = None
     # An exported program serves sizes that are not known yet; the operator needs the padding for the small ones.
     if is_exported() or completed_size(size, *window) != size:
-        _, *biases = bias.chunk(3) if isinstance(bias, Tensor) else bias or (None,) * 3
-        pad_key, pad_value = (first.new_zeros(head) if b is None else b.view(head) for b in biases)
+        _, pad_key, pad_value = (p.view(head) for p in _of_padding(projections, first.new_zeros(1, head.numel())))
     if dropout > 0:
         _warn_attention_dropout()
         query, key, value = qkv.unbind(3) if isinstance(qkv, Tensor) else qkv
@@ -146,6 +144,19 @@ def attend(
         return na2d_qkv(qkv, *window, rpb, scale, **settings)
     query, key, value = qkv
     return na2d(query, key, value, *window, rpb, scale, **settings)
+
+
+def _of_padding(projections: Sequence[nn.Module], zeros: Tensor) -> list[Tensor]:
+    """Query, key and value of a padded token, which is `zeros` [1, C] before the projections: their biases."""
+    made = []
+    for projection in projections:
+        if not isinstance(projection, nn.Linear):  # an adapter in its place may have none, or make more of them
+            made.append(projection(zeros).squeeze(0))
+        elif projection.bias is None:
+            made.append(zeros.new_zeros(projection.out_features))
+        else:
+            made.append(projection.bias)
+    return made if len(made) == 3 else list(made[0].chunk(3))
 
 
 _warned = False

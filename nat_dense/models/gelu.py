@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from nat_dense.ops import triton_na2d
+from nat_dense.ops import triton_launch
 from nat_dense.ops.problem import accumulation_dtype
-from nat_dense.ops.triton_na2d import cdiv
+from nat_dense.ops.triton_launch import cdiv
 
 FORWARD_DTYPES = (torch.bfloat16, torch.float16)
 """What the forward kernel multiplies; float32 is left to torch's products."""
@@ -76,7 +76,7 @@ def _gelu_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     _check({"grad": grad, "x": x}, x.dim() > 0 and grad.shape == x.shape, "one shape [..., C]")
     grad, x = grad.contiguous(), x.contiguous()
-    if x.numel() > 0 and x.dtype in triton_na2d.DTYPES and _has_kernels(x):
+    if x.numel() > 0 and x.dtype in triton_launch.DTYPES and _has_kernels(x):
         return launch_backward(grad, x)
     wide = accumulation_dtype(x.dtype)
     exact = torch.ops.aten.gelu_backward(grad.to(wide), x.to(wide))
@@ -90,7 +90,7 @@ def _check(operands: dict[str, Tensor], fits: bool, expected: str) -> None:
 
 
 def _has_kernels(x: Tensor) -> bool:
-    return triton_na2d.why_no_kernels(x.device.type) is None
+    return triton_launch.why_no_kernels(x.device.type) is None
 
 
 @torch.library.register_fake("nat_dense::linear_gelu")
@@ -137,7 +137,7 @@ def launch_forward(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple
             channels,
             depth,
             EVEN=channels % columns == 0 and depth % step == 0,
-            PRECISION=triton_na2d.product_precision(x.dtype),
+            PRECISION=triton_launch.product_precision(x.dtype),
             enable_fp_fusion=True,  # Triton 3.10 multiplies and adds in two steps unless told
             **FORWARD,
         )
@@ -150,7 +150,7 @@ def launch_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     channels = x.shape[-1]
     tokens, columns = x.numel() // channels, cdiv(channels, BLOCK_COLUMNS)
-    runs = max(1, PROGRAMS * triton_na2d.processors(x) // columns)
+    runs = max(1, PROGRAMS * triton_launch.processors(x) // columns)
     rows = cdiv(cdiv(tokens, BLOCK_ROWS), runs) * BLOCK_ROWS
     gelu, grad_x = torch.empty_like(x), torch.empty_like(x)
     sums = torch.empty(cdiv(tokens, rows), channels, dtype=torch.float32, device=x.device)
@@ -169,4 +169,4 @@ def launch_backward(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             num_warps=WARPS,
             enable_fp_fusion=True,
         )
-    return gelu, grad_x, triton_na2d.add_up(sums)
+    return gelu, grad_x, triton_launch.add_up(sums)

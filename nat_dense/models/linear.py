@@ -117,6 +117,7 @@ def suits_onednn(x: Tensor, weight: Tensor) -> bool:
         and not is_traced()
         and not is_transformed()
         and torch.backends.mkldnn.enabled
+        and weight.layout is torch.strided  # at last: tracing doesn't know it
     )
 
 

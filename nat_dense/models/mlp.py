@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from nat_dense.models import gelu  # noqa: F401  (registers the operators)
 from nat_dense.models.linear import linear, on_gpu, parameter_gradients, suits_gpu_kernels, suits_onednn
 from nat_dense.ops import cpu
+from nat_dense.ops.functional import is_transformed
 
 
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor | None) -> Tensor:
@@ -39,7 +40,8 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     if on_gpu(x) and _is_taken(*tensors):
         x, weight1, bias1, weight2, bias2 = _lowered(*tensors)
         return linear(torch.ops.nat_dense.linear_gelu(x, weight1, bias1, False)[0], weight2, bias2)
-    return linear(torch.ops.aten.gelu_(linear(x, weight1, bias1)), weight2, bias2)
+    activate = F.gelu if is_transformed() else torch.ops.aten.gelu_  # vmap has no rule for it in place
+    return linear(activate(linear(x, weight1, bias1)), weight2, bias2)
 
 
 def _lowered(x: Tensor, *parameters: Tensor | None) -> Any:

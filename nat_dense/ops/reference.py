@@ -98,7 +98,7 @@ def forward(
     for chunk in _chunks(query, kernel_size, dilation):
         logits = _logits(query[:, chunk.rows], chunk.gather(key), rpb, chunk, scale)
         lses.append(torch.logsumexp(logits, dim=(-2, -1)))
-        weights = torch.exp(logits - lses[-1][..., None, None])
+        weights = logits.flatten(-2).softmax(dim=-1).unflatten(-1, kernel_size)
         weights = F.dropout(weights, dropout, training=dropout > 0)
         outs.append(torch.einsum("brwnkl,brkwlnd->brwnd", weights, chunk.gather(value)).to(query.dtype))
     return torch.cat(outs, dim=1), torch.cat(lses, dim=1)

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from nat_dense.ops.problem import Pair, Problem, completed_size, why_no_gpu
+from nat_dense.ops.problem import Pair, Problem, completed_size
+from nat_dense.ops.triton_launch import DTYPES, add_up, cdiv, kernels, power_of_two, product_precision, why_no_kernels
 
 LARGEST_KERNEL = 13
 LARGEST_HEAD_DIM = 128
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OLDEST_GPU = (8, 0)
-"""Compute capability from which Triton supports NVIDIA's GPUs."""
 
 TILES: dict[str, tuple[Pair, Pair]] = {"4x8": ((4, 8), (2, 8)), "8x4": ((8, 4), (4, 4))}
 """Tokens (rows, columns) that one program may own and those of its warps, by the name of the variant."""
 
 VARIANTS = tuple(TILES)
-
-SUM_BLOCK = 512, 8
-LONGEST_RUN, SHORTEST_RUN = 2048, 512
-"""Parts that one program adds up: more are shared out among several first."""
 
 REACH = 64
 """Rows and columns within which all tokens lie that a program takes, counted from any of them: a tile, a kernel on both
@@ -49,21 +41,6 @@ WIDE_TOKEN = 128
 # --- what runs --------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _kernels() -> ModuleType:
-    from nat_dense.ops import triton_kernels
-
-    return triton_kernels
-
-
-@functools.cache
-def interpreted() -> bool:
-    """Whether the kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1 when triton was imported)."""
-    from triton.runtime.jit import JITFunction  # the interpreter itself needs numpy, which compiled kernels don't
-
-    return not isinstance(_kernels().forward_kernel, JITFunction)
-
-
 def why_not(problem: Problem, variant: str) -> str | None:
     """Why the kernels can't run a problem, or None where they can. `variant` is one of `VARIANTS` or empty."""
     if problem.dtype not in DTYPES:
@@ -73,25 +50,6 @@ def why_not(problem: Problem, variant: str) -> str | None:
     if max(problem.kernel_size) > LARGEST_KERNEL:
         return f"kernel_size {problem.kernel_size} is larger than {LARGEST_KERNEL}"
     return why_no_kernels(problem.device)
-
-
-def why_no_kernels(device: str) -> str | None:
-    """Why no kernel in Triton can run on a type of device, or None where they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed: `pip install triton`"
-    if interpreted():
-        return None
-    if device != "cuda":
-        return f"the tensors are on {device}, not on a GPU (TRITON_INTERPRET=1 runs the kernels there, slowly)"
-    if reason := why_no_gpu():
-        return reason
-    if torch.version.hip is not None:
-        return "the kernels have not been tried on AMD's GPUs"
-    capability = torch.cuda.get_device_capability()
-    if capability < OLDEST_GPU:
-        found, needed = (".".join(map(str, pair)) for pair in (capability, OLDEST_GPU))
-        return f"the GPU has compute capability {found}; Triton needs {needed}"
-    return None
 
 
 # --- tiles ------------------------------------------------------------------------------------------------------------
@@ -146,20 +104,6 @@ def choose_tile(kernel: str, members: Pair, kernel_size: Pair, token_bytes: int,
     """The cheapest of `TILES` for dilation groups of `members` tokens; the other arguments are those of `Tile.of`."""
     tiles = [Tile.of(kernel, variant, token_bytes, itemsize) for variant in TILES]
     return min(tiles, key=lambda tile: tile.cost(members, kernel_size))
-
-
-def power_of_two(n: int) -> int:
-    """The least of at least n."""
-    return 1 << (n - 1).bit_length()
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def processors(x: Tensor) -> int:
-    """How many multiprocessors run the kernels on x: in the interpreter one."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
@@ -240,23 +184,6 @@ def _launch(
     return Launch((programs_per_head * heads,), programs_per_head, fewest != tiles, is_padded, arguments)
 
 
-def product_precision(dtype: torch.dtype) -> str:
-    """Of products of float32: tf32 where torch's own matrix products may use it, else three of them for one.
-
-    Three products of tf32 halves have an error like float32's. Triton's products in true float32 run outside the
-    matrix units, which takes far more registers than a program has. With tokens in two bytes the only such products
-    are sums of rounded numbers.
-    """
-    if dtype is torch.bfloat16 and interpreted():
-        return "widened"
-    if dtype is not torch.float32:
-        return "tf32"
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # torch >= 2.9; reading the older setting may raise there
-        return "tf32" if matmul.fp32_precision == "tf32" else "tf32x3"
-    return "tf32" if matmul.allow_tf32 else "tf32x3"
-
-
 def _strides(dilation: Pair, **tensors: Tensor) -> dict:
     """Arguments that say where tokens are. Calls on views of one projection spare registers: see `forward_kernel`."""
     import triton.language as tl
@@ -292,7 +219,7 @@ def forward(
     lse = torch.empty(query.shape[:4], dtype=torch.float32, device=query.device)
     pads = launch.pads(query, pad_key, pad_value)
     with torch.cuda.device_of(query):
-        _kernels().forward_kernel[launch.grid](
+        kernels().forward_kernel[launch.grid](
             query,
             key,
             value,
@@ -342,7 +269,7 @@ def backward(
     pad_sums = sums(2, dim) if launch.is_padded else None
     strides = _strides(dilation, grad_out=grad_out, query=query, key=key, value=value, grad=gradients[0])
     with torch.cuda.device_of(query):
-        _kernels().query_gradient_kernel[launch.grid](
+        kernels().query_gradient_kernel[launch.grid](
             grad_out,
             query,
             key,
@@ -359,7 +286,7 @@ def backward(
             **launch.arguments,
             grad_scale=scale,
         )
-        _kernels().key_gradient_kernel[key_launch.grid](
+        kernels().key_gradient_kernel[key_launch.grid](
             grad_out,
             query,
             key,
@@ -378,20 +305,3 @@ def backward(
     # Copied always: outputs of an operator may not share memory, and torch.compile takes them to be contiguous.
     copied: dict = dict(copy=True, memory_format=torch.contiguous_format)
     return grad_qkv, grad_rpb, *(None if pad is None else total.to(pad.dtype, **copied) for total, pad in totals)
-
-
-def add_up(parts: Tensor) -> Tensor:
-    """The sum over the first axis of float32 [n, ...], contiguous; the same bits in every run.
-
-    torch's own sum takes up to four times as long where the first axis is the long one.
-    """
-    while len(parts) > 1:
-        runs = 1 if len(parts) <= LONGEST_RUN else cdiv(len(parts), SHORTEST_RUN)
-        totals = torch.empty(runs, *parts.shape[1:], dtype=parts.dtype, device=parts.device)
-        columns = totals[0].numel()
-        with torch.cuda.device_of(parts):
-            _kernels().sum_kernel[(runs * cdiv(columns, SUM_BLOCK[1]),)](
-                parts, totals, len(parts), columns, cdiv(len(parts), runs), runs, BLOCK=SUM_BLOCK
-            )
-        parts = totals
-    return parts[0]

@@ -208,7 +208,9 @@ def test_input_embeddings():
     assert model.get_input_embeddings() is model.embeddings.patch_embeddings
 
 
-@pytest.mark.parametrize("part", ["intermediate.dense", "output", "layernorm_after"])
+@pytest.mark.parametrize(
+    "part", ["intermediate.dense", "intermediate.intermediate_act_fn", "output", "layernorm_after"]
+)
 def test_hooks_see_whole_maps(part, monkeypatch):
     """In inference on a CPU too, which takes maps in parts."""
     monkeypatch.setattr("nat_dense.models.layers.RUN_BYTES", 1 << 10)
@@ -222,3 +224,21 @@ def test_hooks_see_whole_maps(part, monkeypatch):
         hook.remove()
         torch.testing.assert_close(model(image).last_hidden_state, found)
     assert seen == [(1, 16, 24)]
+
+
+class Gate(torch.nn.Module):
+    """An activation that looks at the whole map."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(x.mean(tuple(range(1, x.dim())), keepdim=True))
+
+
+def test_a_replaced_activation_sees_whole_maps(monkeypatch):
+    monkeypatch.setattr("nat_dense.models.layers.RUN_BYTES", 1 << 10)
+    monkeypatch.setattr("nat_dense.models.layers.MIN_RUN", 16)
+    model = build("NatModel")
+    model.encoder.levels[0].layers[0].intermediate.intermediate_act_fn = Gate()
+    image = golden.tensor("image", (1, 3, 64, 96))
+    expected = model(image).last_hidden_state
+    with torch.no_grad():
+        torch.testing.assert_close(model(image).last_hidden_state, expected)

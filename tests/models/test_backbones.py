@@ -1,5 +1,7 @@
 """The backbones' contract: shapes, fields, freezing, gradients, registration, numbers of the original."""
 
+import copy
+
 import pytest
 import torch
 from mmengine.registry import MODELS
@@ -317,6 +319,38 @@ class Offset(nn.LayerNorm):
 
     def forward(self, x):
         return super().forward(x) + torch.linspace(0, 1, x.shape[-3]).view(-1, 1, 1)
+
+
+class LowRank(torch.nn.Module):
+    """An adapter around a layer, without its attributes."""
+
+    def __init__(self, base: torch.nn.Linear):
+        super().__init__()
+        self.base = base
+        self.down = torch.nn.Linear(base.in_features, 2)
+        self.up = torch.nn.Linear(2, base.out_features)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("size", [(64, 96), (20, 20)])
+def test_adapters_of_the_projection(size):
+    """Small maps are padded, and their padding has what the projection makes of it as key and value."""
+    model = NAT(embed_dim=16, depths=[1, 1], num_heads=[1, 2], kernel_size=7, out_indices=(0, 1)).eval()
+    merged = copy.deepcopy(model)
+    for level, other in zip(model.levels, merged.levels, strict=True):
+        adapter = level.blocks[0].attn.qkv = LowRank(level.blocks[0].attn.qkv)
+        qkv = other.blocks[0].attn.qkv
+        with torch.no_grad():
+            torch.nn.init.normal_(adapter.base.bias)
+            qkv.weight.copy_(adapter.base.weight + adapter.up.weight @ adapter.down.weight)
+            qkv.bias.copy_(adapter.base.bias + adapter.up.weight @ adapter.down.bias + adapter.up.bias)
+    image = torch.randn(1, 3, *size)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            for found, expected in zip(model(image), merged(image), strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("change", ["hook", "hook of the projection", "mlp", "norm", "attention"])

@@ -111,7 +111,7 @@ def test_views_and_transposes_need_no_copy_by_the_caller():
 
 
 @pytest.mark.parametrize(
-    "mode", ["autocast", "float64", "vmap", "grad transform", "forward mode", "disabled", "empty", "vector"]
+    "mode", ["autocast", "float64", "vmap", "grad transform", "forward mode", "disabled", "sparse", "empty", "vector"]
 )
 def test_falls_back_to_torch(mode, monkeypatch):
     calls = taken(monkeypatch)
@@ -137,6 +137,8 @@ def test_falls_back_to_torch(mode, monkeypatch):
     elif mode == "disabled":
         with torch.backends.mkldnn.flags(enabled=False):
             torch.testing.assert_close(linear(x, weight, bias), expected)
+    elif mode == "sparse":
+        torch.testing.assert_close(linear(x, weight.to_sparse_csr(), bias), expected)
     elif mode == "empty":
         assert linear(x[:0], weight, bias).shape == (0, 24)
     else:

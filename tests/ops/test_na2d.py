@@ -129,8 +129,8 @@ def test_attention_dropout_is_exact_under_autocast(monkeypatch):
     arguments = (packed["qkv"], 3, 1, torch.randn(2, 5, 5), 0.25)
     monkeypatch.setattr(attention, "_warned", False)
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.warns(UserWarning, match="attention dropout"):
-        found = attend(*arguments, bias=None, dropout=1e-9)
-    assert torch.equal(found, attend(*arguments, bias=None, backend="reference"))
+        found = attend(*arguments, projections=(), dropout=1e-9)
+    assert torch.equal(found, attend(*arguments, projections=(), backend="reference"))
 
 
 def test_a_reference_for_weights_is_exact_under_autocast():
@@ -146,6 +146,14 @@ def test_head_dim_without_unit_stride_is_accepted():
     query, key, value = torch.randn(3, 1, 16, 9, 11, 2).permute(0, 1, 3, 4, 5, 2)
     expected = na2d(query.contiguous(), key.contiguous(), value.contiguous(), 3)
     torch.testing.assert_close(na2d(query, key, value, 3), expected)
+    query, key, value = torch.randn(3, 1, 9, 11, 1, 2).transpose(-1, -2)  # a stride of 2 in a dimension of size 1
+    expected = na2d(query, key, value, 3, backend="reference")
+    torch.testing.assert_close(na2d(query, key, value, 3), expected)
+
+
+def test_whole_numbers_of_numpy():
+    tensors = torch.randn(3, 1, 9, 11, 2, 8)
+    assert torch.equal(na2d(*tensors, np.int64(3), (np.int32(2), 1)), na2d(*tensors, 3, (2, 1)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

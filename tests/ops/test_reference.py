@@ -48,6 +48,13 @@ def test_reference_equals_brute_force(case):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", [1e5, -1e8])
+def test_weights_of_large_logits_add_up_to_one(size):
+    query, key = torch.randn(2, 1, 5, 6, 2, 4)
+    out = na2d(query, key, torch.ones_like(query), 3, rpb=torch.full((2, 5, 5), size), backend="reference")
+    torch.testing.assert_close(out, torch.ones_like(out))
+
+
 def test_window_over_the_whole_map_is_full_attention():
     query, key, value = torch.randn(3, 2, 7, 7, 3, 16, dtype=torch.float64)
     found = na2d(query, key, value, 7, backend="reference")

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from nat_dense.ops import backend_report, na2d, triton_na2d
+from nat_dense.ops import backend_report, na2d, triton_launch, triton_na2d
 from nat_dense.ops.problem import Problem
 from nat_dense.ops.triton_na2d import Tile, choose_tile
 from tests.kernels import DEVICE, HAS_GPU
@@ -130,7 +130,7 @@ def test_every_element_of_every_output_is_written():
 @pytest.mark.parametrize("shape", [(1, 3), (300, 2, 13, 13), (2049, 17)])
 def test_adds_up(shape):
     parts = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    torch.testing.assert_close(triton_na2d.add_up(parts), parts.double().sum(0).float(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(triton_launch.add_up(parts), parts.double().sum(0).float(), rtol=1e-5, atol=1e-4)
 
 
 @needs_kernels
@@ -268,8 +268,8 @@ def test_says_why_not(changes, reason):
 
 def test_a_gpu_that_is_not_there_is_explained(monkeypatch):
     problem = Problem((9, 9), (3, 3), (1, 1), 16, torch.float32, "cuda", True)
-    monkeypatch.setattr(triton_na2d.importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setattr(triton_na2d, "interpreted", lambda: False)
+    monkeypatch.setattr(triton_launch.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(triton_launch, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert backend_report(problem)["triton"] == "torch sees no GPU (torch.cuda.is_available() is False)"
 
@@ -281,8 +281,8 @@ def test_torch_and_triton_are_enough():
 import sys
 for name in ("numpy", "mmengine", "mmcv", "mmdet", "mmseg", "transformers", "safetensors"):
     sys.modules[name] = None
-from nat_dense.ops import triton_na2d
-print(triton_na2d.why_no_kernels("xpu"))
+from nat_dense.ops import triton_launch
+print(triton_launch.why_no_kernels("xpu"))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", "-c", code]
@@ -292,13 +292,13 @@ print(triton_na2d.why_no_kernels("xpu"))
 
 @pytest.mark.parametrize("allowed", [False, True])
 def test_tf32_follows_torch(monkeypatch, allowed):
-    monkeypatch.setattr(triton_na2d, "interpreted", lambda: False)
+    monkeypatch.setattr(triton_launch, "interpreted", lambda: False)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high" if allowed else "highest")
-        assert triton_na2d.product_precision(torch.float32) == ("tf32" if allowed else "tf32x3")
+        assert triton_launch.product_precision(torch.float32) == ("tf32" if allowed else "tf32x3")
         torch.backends.cuda.matmul.allow_tf32 = not allowed
-        assert triton_na2d.product_precision(torch.float32) == ("tf32x3" if allowed else "tf32")
+        assert triton_launch.product_precision(torch.float32) == ("tf32x3" if allowed else "tf32")
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -309,8 +309,8 @@ def test_tf32_follows_torch(monkeypatch, allowed):
 )
 def test_old_gpus_are_refused(monkeypatch, capability, reason):
     """What a GPU says of itself is made up; the rest is real."""
-    monkeypatch.setattr(triton_na2d.importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setattr(triton_na2d, "interpreted", lambda: False)
+    monkeypatch.setattr(triton_launch.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(triton_launch, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     problem = Problem((9, 9), (3, 3), (1, 1), 128, torch.float32, "cuda", True)
@@ -319,13 +319,13 @@ def test_old_gpus_are_refused(monkeypatch, capability, reason):
 
 def test_missing_triton_is_explained(monkeypatch):
     problem = Problem((9, 9), (3, 3), (1, 1), 16, torch.float32, "cuda", True)
-    monkeypatch.setattr(triton_na2d.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton_launch.importlib.util, "find_spec", lambda name: None)
     assert triton_na2d.why_not(problem, "") == "triton is not installed: `pip install triton`"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_tensors_on_the_cpu_are_refused_without_the_interpreter(monkeypatch):
     problem = Problem((9, 9), (3, 3), (1, 1), 16, torch.float32, "cpu", True)
-    monkeypatch.setattr(triton_na2d, "interpreted", lambda: False)
+    monkeypatch.setattr(triton_launch, "interpreted", lambda: False)
     reason = triton_na2d.why_not(problem, "")
     assert reason == "the tensors are on cpu, not on a GPU (TRITON_INTERPRET=1 runs the kernels there, slowly)"

@@ -9,8 +9,7 @@ param_scheduler = [
     dict(type='CosineAnnealingLR', eta_min=0.0, by_epoch=False, begin=50, end=1200),
 ]
 
-# NAT's and Swin's biases start next to zero and are alone in telling neighbors apart: they are to get away from there soon.
-position_bias = dict(decay_mult=0.0, lr_mult=10.0)
+# Position biases start next to zero and are alone in telling neighbors apart: they are to get away from there soon.
 optim_wrapper = dict(
     type='OptimWrapper',
     constructor='GroupedOptimWrapperConstructor',
@@ -19,6 +18,6 @@ optim_wrapper = dict(
     paramwise_cfg=dict(
         norm_decay_mult=0.0,
         bias_decay_mult=0.0,
-        custom_keys=dict(rpb=position_bias, relative_position_bias_table=position_bias)))
+        custom_keys=dict(rpb=dict(decay_mult=0.0, lr_mult=10.0))))
 
 randomness = dict(seed=0)
