@@ -13,23 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.fileio import list_dir_or_file
 from mmengine.registry import DATASETS
 
 from nat_dense.listing import listing
 from nat_dense.mm.channels import configured_channels
-from nat_dense.mm.coco_file import check_boxes, check_categories, check_coco_file, check_outlines, of_classes
 from nat_dense.mm.config import evaluators
 from nat_dense.mm.evaluator_checks import check_evaluators, coco_files, is_scored
-from nat_dense.mm.fields import as_list, check_fields, is_foreign
+from nat_dense.mm.fields import as_list
 from nat_dense.mm.images import CHANNELS, Picture, find_bad_images, find_bad_labels, sample
 from nat_dense.mm.loader_checks import (
     check_loader,
     notes_of_padding,
     notes_of_pair,
-    notes_of_prefix,
     notes_of_preprocessing,
 )
+from nat_dense.mm.pictures import find_pictures
 from nat_dense.mm.pipelines import check_datasets
 from nat_dense.mm.sources import COCO_DATASET, SEGMENTATION_DATASET, Source, sources_of
 
@@ -40,9 +38,6 @@ CHOICES = {
     "validation": ("try", "none"),
 }
 """The fields of `data_checks` and their values, the default first."""
-
-FILTERS = ("filter_empty_gt", "min_size")
-"""What datasets that read files like CocoDataset look for in `filter_cfg`."""
 
 
 @DATASETS.register_module()
@@ -88,7 +83,8 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> list[str]:
         named: dict[str, Path] = {}
         check_datasets(cfg[loader].get("dataset"), f"{loader}.dataset")
         for source in sources_of(cfg[loader].get("dataset"), f"{loader}.dataset"):
-            pictures, notices = _find_pictures(source, checks, annotated=scored, scored=coco_files(cfg, loader))
+            ignores, files = checks["other_classes"] == "ignore", coco_files(cfg, loader)
+            pictures, notices = find_pictures(source, ignore_others=ignores, annotated=scored, scored=files)
             warnings += notices
             bad = find_bad_images(pictures, checks["images"], _expected_channels(cfg, source))
             warnings += _report_bad_images(source, bad, len(pictures), checks)
@@ -173,89 +169,6 @@ def read_choices(cfg: Config) -> dict[str, str]:
     if given.get("bad_images") == "skip":  # one that is not found is not skipped
         given = dict(images="all") | given
     return {key: given.get(key, values[0]) for key, values in CHOICES.items()}
-
-
-def _find_pictures(
-    source: Source, checks: dict[str, str], annotated: bool, scored: set[Path]
-) -> tuple[list[Picture], list[str]]:
-    """The images of a dataset of a known form, and warnings for the user; COCO's metrics read the files `scored`."""
-    if source.reader not in (COCO_DATASET, SEGMENTATION_DATASET) or source.cfg.get("backend_args"):
-        return [], []
-    root = source.cfg.get("data_root")
-    if root and "://" not in str(root) and not Path(root).is_dir():  # first: some constructors read from there
-        raise FileNotFoundError(
-            f"{source.name}.data_root: no directory {root!r}. Set it with --cfg-options {source.name}.data_root=DIR."
-        )
-    dataset = source.dataset
-    prefix = dataset.data_prefix
-    if any("://" in str(place) for place in (dataset.data_root, dataset.ann_file, *prefix.values())):
-        return [], []  # Remote storage: looking up every file would take longer than finding out.
-    if source.cfg.get("indices") in (0, [], ()):
-        raise ValueError(f"{source.name}.indices is {source.cfg['indices']!r}: no image is left.")
-    if source.reader == COCO_DATASET:
-        own_filter = is_foreign(next(base for base in source.cls.__mro__ if "filter_data" in vars(base)))
-        filters = {} if own_filter else dataset.filter_cfg or {}
-        check_fields(f"{source.name}.filter_cfg", source.cls.__name__, filters, FILTERS)
-        folder = _folder(source, "img")
-        file = Path(dataset.ann_file)
-        notices = notes_of_prefix(source, {"img", "seg"})
-        masks = any(load.get("with_mask") for load in source.transforms("LoadAnnotations"))
-        content = check_coco_file(file, f"{source.name}.ann_file", masks, annotated)
-        check_categories(content, source.classes, str(file), ignore_others=checks["other_classes"] == "ignore")
-        trains = not dataset.test_mode
-        where = f"{source.name}.ann_file: {str(file)!r}"
-        known = of_classes(content, source.classes)
-        if filters.get("filter_empty_gt") and trains and not known["annotations"]:
-            of = " of the config's classes" if content["annotations"] else ""
-            raise ValueError(
-                f"{where} has no annotations{of}, and filter_cfg.filter_empty_gt leaves out images without any: no "
-                "image is left."
-            )
-        least = filters.get("min_size", 0)
-        if trains and all(min(image["width"], image["height"]) < least for image in content["images"]):
-            raise ValueError(f"{where}: filter_cfg.min_size={least} leaves out smaller images: no image is left.")
-        notices += check_boxes(known, where) if trains else []
-        if trains and masks:
-            notices += check_outlines(known, where)
-        if annotated and not trains and not content["annotations"]:
-            notices.append(f"{where} has no annotations: there is nothing to compare with, and mAP will be -1.")
-        if annotated and file.resolve() in scored and any(a["id"] == 0 for a in content["annotations"]):
-            notices.append(
-                f"{where} has an annotation with id 0, which COCO's evaluation always counts as missed: number "
-                "annotations from 1."
-            )
-        pictures = [Picture(folder / i["file_name"], (i["width"], i["height"])) for i in content["images"]]
-        return pictures, notices
-    images = _folder(source, "img_path")
-    # If left out, it is the root.
-    root = Path(dataset.data_root or "")
-    has_labels = Path(prefix.get("seg_map_path") or root) != root
-    labels = _folder(source, "seg_map_path") if has_labels else None
-    return _segmentation_pictures(source, images, labels), notes_of_prefix(source, {"img_path", "seg_map_path"})
-
-
-def _folder(source: Source, key: str) -> Path:
-    folder = Path(source.dataset.data_prefix.get(key) or source.dataset.data_root or "")
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{source.name}.data_prefix.{key}: no directory {str(folder)!r}.")
-    return folder
-
-
-def _segmentation_pictures(source: Source, images: Path, labels: Path | None) -> list[Picture]:
-    suffix, label_suffix = source.dataset.img_suffix, source.dataset.seg_map_suffix
-    if source.dataset.ann_file:
-        file = Path(source.dataset.ann_file)
-        if not file.is_file():
-            raise FileNotFoundError(f"{source.name}.ann_file: no file {str(file)!r}.")
-        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    else:
-        found = list_dir_or_file(str(images), list_dir=False, suffix=suffix, recursive=True)  # as MMSegmentation does
-        names = sorted(name[: -len(suffix)] for name in found)
-    if not names:
-        raise ValueError(f"{source.name}: {str(images)!r} holds no *{suffix} file (img_suffix).")
-    return [
-        Picture(images / (name + suffix), label=labels / (name + label_suffix) if labels else None) for name in names
-    ]
 
 
 def _expected_channels(cfg: Config, source: Source) -> int:
