@@ -14,10 +14,11 @@ from mmengine.visualization import Visualizer
 from nat_dense.checkpoints import fetch, read
 from nat_dense.checkpoints.download import check_source
 from nat_dense.mm.checkpoints import check_classes, check_fits, refuse_pickled_code
-from nat_dense.mm.config import LOADERS, check_keys
+from nat_dense.mm.config import LOADERS
 from nat_dense.mm.data_checks import check_data, read_choices
 from nat_dense.mm.fields import check_node
 from nat_dense.mm.first_batch import TryValidation
+from nat_dense.mm.keys import check_keys
 from nat_dense.mm.machine import fit_to_machine, keep_freed_memory
 from nat_dense.mm.model_checks import check_last_batch, check_model, fetch_initial_weights
 from nat_dense.mm.options import enable_tta

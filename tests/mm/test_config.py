@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nat_dense.mm.config import check_keys, load_config, merge_options
+from nat_dense.mm.config import load_config, merge_options
+from nat_dense.mm.keys import check_keys
 from tests.mm.small import DETECTOR, REPOSITORY, SEGMENTOR, load_tool
 
 PSPNET = "mmseg::pspnet/pspnet_r101-d8_4xb2-40k_cityscapes-512x1024.py"

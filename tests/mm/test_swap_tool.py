@@ -10,7 +10,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 import nat_dense
-from nat_dense.mm.config import check_keys, load_config
+from nat_dense.mm.config import load_config
+from nat_dense.mm.keys import check_keys
 from nat_dense.mm.swap import swap_backbone
 from nat_dense.models import NAT
 from tests.mm.small import REPOSITORY, load_tool

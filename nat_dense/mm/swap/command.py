@@ -11,7 +11,8 @@ from typing import Any
 from mmengine.config import Config
 
 from nat_dense.files import atomic, check_free
-from nat_dense.mm.config import OLD_KEYS, load_config, merge_options
+from nat_dense.mm.config import load_config, merge_options
+from nat_dense.mm.keys import OLD_KEYS
 from nat_dense.mm.swap.changes import as_text, changes_between, differences
 from nat_dense.mm.swap.plan import BACKBONES, plan_swap
 from nat_dense.mm.swap.training import use_adamw
