@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +24,9 @@ def atomic(path: str | Path, suffix: str = ".part") -> Iterator[Path]:
     path = Path(path)
     check_folder(path)
     # In the same folder, since a rename is atomic only within a file system.
-    part = path.with_name(f".{path.name}.{os.getpid()}{suffix}")
-    _remove_left_behind(path, suffix)
+    host = f".{path.name}.{platform.node()}-"
+    part = path.with_name(f"{host}{os.getpid()}{suffix}")
+    _remove_left_behind(path.parent, host, suffix)
     try:
         part.touch()
         mode = part.stat().st_mode
@@ -37,10 +39,10 @@ def atomic(path: str | Path, suffix: str = ".part") -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def _remove_left_behind(path: Path, suffix: str) -> None:
-    """Removes the partial files of processes that were killed while they wrote this file."""
-    for part in path.parent.glob(f".{glob.escape(path.name)}.*{suffix}"):
-        process = part.name.removesuffix(suffix).rpartition(".")[2]
+def _remove_left_behind(folder: Path, start: str, suffix: str) -> None:
+    """Removes the partial files of this machine's processes that were killed while they wrote such a file."""
+    for part in folder.glob(f"{glob.escape(start)}*{suffix}"):
+        process = part.name.removesuffix(suffix).removeprefix(start)
         if process.isdigit() and not _is_running(int(process)):
             part.unlink(missing_ok=True)
 

@@ -16,7 +16,6 @@ def configured_channels(model: Mapping[str, Any]) -> int:
 
 
 def image_channels(model: nn.Module) -> int:
-    """The channels of a built model's images."""
+    """The channels of a built model's images. (`in_channels` of the libraries' backbones may be a stage's.)"""
     mean = getattr(getattr(model, "data_preprocessor", None), "mean", None)
-    backbone = getattr(model, "backbone", None)
-    return mean.numel() if mean is not None else getattr(backbone, "in_chans", getattr(backbone, "in_channels", RGB))
+    return mean.numel() if mean is not None else getattr(getattr(model, "backbone", None), "in_chans", RGB)

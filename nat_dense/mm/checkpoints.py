@@ -110,10 +110,10 @@ def check_classes(
     meta = checkpoint.extras.get("meta")
     named = meta.get("dataset_meta") if isinstance(meta, Mapping) else None
     trained = {str(key).lower(): value for key, value in (named or {}).items()}.get("classes") or ()  # once in capitals
-    if source is None or isinstance(trained, str) or model.get("language_model"):
+    if source is None or not trained or isinstance(trained, str) or model.get("language_model"):
         return []
     trained, ours = [str(name) for name in trained], list(source.classes)
-    if not trained or not ours or trained == ours:
+    if not ours or trained == ours:
         return []
     is_permuted = sorted(trained) == sorted(ours)
     pairs = enumerate(itertools.zip_longest(trained, ours))

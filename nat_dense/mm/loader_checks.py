@@ -70,7 +70,7 @@ def notes_of_pair(model: dict, training: Source, other: Source) -> list[str]:
             f"{other.name} has the classes of {training.name} in another order ({listing(theirs)} instead of "
             f"{listing(ours)}): predictions would be assigned to the wrong classes. Give both the same order."
         )
-    if SEGMENTATION_DATASET not in (training.reader, other.reader):
+    if not training.reader == other.reader == SEGMENTATION_DATASET:
         return []
     reduced = [source.dataset.reduce_zero_label for source in (training, other)]
     if reduced[0] == reduced[1]:

@@ -194,7 +194,7 @@ def check_last_batch(cfg: Config, model: nn.Module) -> None:
     name = _norm_of_one_place(model)
     if name is None:
         return
-    images, processes = len(DATASETS.build(copy.deepcopy(loader.dataset))), process_count()
+    images, processes = len(DATASETS.build(copy.deepcopy(loader.dataset))), process_count(cfg)
     batch_size = loader.get("batch_size", 1)
     if batch_size > 1 and -(-images // processes) % batch_size == 1:
         raise ValueError(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nat_dense.checkpoints import fetch, read
 from nat_dense.checkpoints.layout import unwrap
 from nat_dense.mm.build_errors import naming_parts
-from nat_dense.mm.channels import image_channels
+from nat_dense.mm.channels import configured_channels
 from nat_dense.mm.checkpoints import check_fits
 from nat_dense.mm.config import model_of
 from nat_dense.mm.machine import replace_sync_norms
@@ -103,7 +103,7 @@ def graph_of(cfg: Config, checkpoint: str, part: str | None = None, *, trust: bo
         module = Maps(model, with_neck=part == "neck")
     preprocessor = node.get("data_preprocessor") or {}
     metadata = _metadata(cfg, preprocessor, part, source.extras.get("meta") or {})
-    return Graph(module.eval(), image_channels(model), ["logits"] if part == "logits" else None, metadata, notices)
+    return Graph(module.eval(), configured_channels(node), ["logits"] if part == "logits" else None, metadata, notices)
 
 
 def _check_part(model: Any, part: str | None) -> str:

@@ -94,7 +94,7 @@ def set_show_dir(cfg: Config, show_dir: str) -> None:
         raise ValueError(
             "--show-dir needs default_hooks.visualization in the config (DetVisualizationHook or SegVisualizationHook)."
         )
-    if cfg.get("launcher", "none") != "none" and process_count() > 1:
+    if process_count(cfg) > 1:
         raise ValueError(
             "--show-dir: only the first process draws, and only the images that it tests; test in one process."
         )

@@ -26,9 +26,10 @@ class CPUDistributedDataParallel(MMDistributedDataParallel):
         super().__init__(module=module, **settings)
 
 
-def process_count() -> int:
-    """How many processes the launcher started, by its environment."""
-    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+def process_count(cfg: Config) -> int:
+    """How many processes the config's launcher started."""
+    variable = {"pytorch": "WORLD_SIZE", "slurm": "SLURM_NTASKS"}.get(cfg.get("launcher", "none"), "")
+    return int(os.environ.get(variable, "1"))
 
 
 def use_cpus(cfg: Config) -> None:

@@ -1,6 +1,5 @@
 """Resuming a run: from which checkpoint, with which settings, and without losing what is there."""
 
-import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -9,26 +8,18 @@ from mmengine.config import Config
 from mmengine.hooks import CheckpointHook, Hook
 from torch import nn
 
-from nat_dense.checkpoints import Checkpoint, fetch, read
+from nat_dense.checkpoints import fetch, read
 from nat_dense.files import check_can_be_folder
 from nat_dense.mm.checkpoints import check_classes, check_fits, check_start
 from nat_dense.mm.errors import naming
-from nat_dense.mm.fields import type_name
+from nat_dense.mm.saved_settings import notes_of_settings
 from nat_dense.mm.sources import sources_of
-from nat_dense.mm.swap.changes import changes_between
 
 EXPERIMENT_TIME = re.compile(r"_\d{8}_\d{6}$")
 """MMEngine names an experiment after its config file and the time of its start."""
 
 STEP = re.compile(r"(?:iter|epoch)_(\d+)\.pth")
 """How MMEngine names the checkpoints of a run."""
-
-
-SAVED = ("optim_wrapper.optimizer", "optim_wrapper.paramwise_cfg", "param_scheduler")
-"""What a resumed run takes from its checkpoint, whatever the config says."""
-
-
-NAMES = {setting.partition(".")[0] for setting in SAVED}
 
 
 class GoOnHere(Hook):
@@ -141,58 +132,9 @@ def check_work_dir(cfg: Config, model: nn.Module, *, trust: bool = False) -> lis
     return [
         *check_fits(model, checkpoint),
         *check_classes(cfg.get("model") or {}, trained, checkpoint),
-        *_notes_of_settings(cfg, checkpoint, source),
+        *notes_of_settings(cfg, checkpoint),
         *_notice_of_end(cfg, checkpoint.extras["meta"], source),
     ]
-
-
-def _notes_of_settings(cfg: Config, checkpoint: Checkpoint, source: str) -> list[str]:
-    """Reports settings that a resumed run doesn't take from the config.
-
-    Raises:
-        ValueError: the optimizer is another one, so its state can't be restored.
-    """
-    text = checkpoint.extras["meta"].get("cfg")
-    before = _settings(text) if isinstance(text, str) else {}
-    now = _settings(cfg.pretty_text)
-    optimizers = [(part.get("optim_wrapper") or {}).get("optimizer") or {} for part in (before, now)]
-    kinds = [type_name(optimizer) for optimizer in optimizers]
-    if all(kinds) and kinds[0] != kinds[1]:
-        raise ValueError(
-            f"{source!r} was trained with {kinds[0]}, but optim_wrapper.optimizer is {kinds[1]} now. Resume with the "
-            "config (and --optimizer) that it was trained with, or start only from its weights: --cfg-options "
-            f"load_from={source}."
-        )
-    changes = [change for change in changes_between(before, now) if change.path.startswith(SAVED)] if before else []
-    return [
-        f"{change.path} is {change.new!r} now, but the resumed run keeps its old value, {change.old!r}. To change it, "
-        f"start from the weights: --cfg-options load_from={source}."
-        for change in changes
-    ]
-
-
-def _settings(text: str) -> dict[str, Any]:
-    """What the text of a config, as MMEngine writes it, says about optimizer and schedules; read as data."""
-    try:
-        statements = ast.parse(text).body
-    except SyntaxError:  # not written by MMEngine
-        return {}
-    found: dict[str, Any] = {}
-    for statement in statements:
-        if isinstance(statement, ast.Assign):
-            targets = {target.id for target in statement.targets if isinstance(target, ast.Name)}
-            found |= {name: _value(statement.value) for name in targets & NAMES}
-    return found
-
-
-def _value(node: ast.expr) -> Any:
-    if isinstance(node, ast.Call):  # dict(a=1), which is all that is called there
-        return {keyword.arg: _value(keyword.value) for keyword in node.keywords}
-    if isinstance(node, ast.Dict):
-        return {_value(key): _value(value) for key, value in zip(node.keys, node.values, strict=True) if key}
-    if isinstance(node, (ast.List, ast.Tuple)):
-        return [_value(element) for element in node.elts]
-    return ast.literal_eval(node)
 
 
 def _notice_of_end(cfg: Config, meta: dict, source: str) -> list[str]:

@@ -2,12 +2,13 @@
 
 import copy
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS
 
 from nat_dense.mm.errors import at_least, describe
@@ -50,26 +51,34 @@ class Source:
             FileNotFoundError: it lacks a file that its class needs to be built.
             ValueError: it can't be built for another reason.
         """
+        own = {key: value for key, value in self.cfg.items() if key not in OF_ANY_OBJECT}
         known = fields_of(self.cls)
-        changed = dict(pipeline=[], lazy_init=True)
-        fields = {key: value for key, value in self.cfg.items() if key not in OF_ANY_OBJECT}
-        fields |= {key: value for key, value in changed.items() if known is None or key in known}
-        dataset = self.cls.__new__(self.cls)
-        try:
-            with at_least(logging.ERROR), DATASETS.switch_scope_and_registry(self.cfg.get("_scope_")):
-                dataset.__init__(**copy.deepcopy(fields))
-        except Exception as error:  # constructors raise what they like
-            if not hasattr(dataset, "pipeline"):  # which MMEngine's constructor sets last
-                kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-                raise kind(f"{self.name}: {describe(error)}") from error
-        return dataset
+        changed: dict[str, Any] = dict(pipeline=[]) if "pipeline" in own else {}
+        if known is None or "lazy_init" in known:
+            changed["lazy_init"] = True
+        for fields in (own | changed, own):  # its constructor may set these itself, or need its pipeline
+            dataset = self.cls.__new__(self.cls)
+            try:
+                with at_least(logging.ERROR), DATASETS.switch_scope_and_registry(self.cfg.get("_scope_")):
+                    dataset.__init__(**copy.deepcopy(fields))
+                return dataset
+            except Exception as error:  # constructors raise what they like
+                if hasattr(dataset, "pipeline"):  # which MMEngine's constructor sets last
+                    return dataset
+                failure = error
+        kind = FileNotFoundError if isinstance(failure, FileNotFoundError) else ValueError
+        raise kind(f"{self.name}: {describe(failure)}") from failure
 
     @property
     def classes(self) -> tuple[str, ...]:
         """The names of the classes; empty where only the annotations know them."""
-        if not issubclass(self.cls, BaseDataset):
-            return ()
-        given = self.dataset.metainfo.get("classes")
+        if self.reader in (COCO_DATASET, SEGMENTATION_DATASET):
+            given = self.dataset.metainfo.get("classes")
+        else:  # of whose constructors nothing is known
+            named = (self.cfg.get("metainfo") or {}).get("classes")
+            given = named or getattr(self.cls, "METAINFO", {}).get("classes")
+            if isinstance(given, str) and os.path.isfile(given):
+                given = Path(given).read_text(encoding="utf-8").splitlines()
         if isinstance(given, str):  # MMEngine also takes a file with one class per line; any other text stays as it is.
             raise ValueError(
                 f"{self.name}.metainfo.classes is the text {given!r}: expected several names, or one and a comma, "

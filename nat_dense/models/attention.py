@@ -122,7 +122,8 @@ def attend(
         qkv: [B, H, W, 3, heads, head_dim] of one projection; or query, key and value, each [B, H, W, heads, head_dim],
             of three.
         kernel_size, dilation, rpb, scale, backend: As in `nat_dense.ops.na2d`.
-        projections: The layers that gave `qkv`, one or three; padded tokens get what these make of zeros.
+        projections: The layers that gave `qkv`, one or three; padded tokens get what these make of zeros (without
+            their hooks).
         dropout: Probability of dropping an attention weight. Above 0 the reference runs.
 
     Returns:
@@ -134,7 +135,7 @@ def attend(
     pad_key = pad_value = None
     # An exported program serves sizes that are not known yet; the operator needs the padding for the small ones.
     if is_exported() or completed_size(size, *window) != size:
-        _, pad_key, pad_value = (p.view(head) for p in _of_padding(projections, first.new_zeros(1, head.numel())))
+        _, pad_key, pad_value = (p.view(head) for p in _of_padding(projections, first.new_zeros(head.numel())))
     if dropout > 0:
         _warn_attention_dropout()
         query, key, value = qkv.unbind(3) if isinstance(qkv, Tensor) else qkv
@@ -147,11 +148,11 @@ def attend(
 
 
 def _of_padding(projections: Sequence[nn.Module], zeros: Tensor) -> list[Tensor]:
-    """Query, key and value of a padded token, which is `zeros` [1, C] before the projections: their biases."""
+    """Query, key and value of a padded token, which is `zeros` [C] before the projections: their biases."""
     made = []
     for projection in projections:
-        if not isinstance(projection, nn.Linear):  # an adapter in its place may have none, or make more of them
-            made.append(projection(zeros).squeeze(0))
+        if type(projection) is not Linear:  # an adapter in its place may make anything of them
+            made.append(projection(zeros.view(1, 1, 1, -1)).flatten())
         elif projection.bias is None:
             made.append(zeros.new_zeros(projection.out_features))
         else:

@@ -278,7 +278,7 @@ def test_init_cfg_refuses_what_does_not_fit(tmp_path):
     pretrained = dict(type="Pretrained", checkpoint=str(tmp_path / "s.pth"))
     with pytest.raises(ValueError, match="DiNAT_s weights, NAT or DiNAT model"):
         NAT(**TINY, init_cfg=pretrained).init_weights()
-    with pytest.raises(ValueError, match=r"has the fields resize_rbp; expected checkpoint, .*resize_rpb"):
+    with pytest.raises(ValueError, match=r"has the fields resize_rbp; expected only checkpoint, .*resize_rpb"):
         NAT(**TINY, init_cfg=dict(**pretrained, resize_rbp=True)).init_weights()
     with pytest.raises(FileNotFoundError, match=r"no checkpoint 'missing.pth'"):
         NAT(**TINY, init_cfg=dict(type="Pretrained", checkpoint="missing.pth")).init_weights()

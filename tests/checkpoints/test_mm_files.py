@@ -229,6 +229,6 @@ def test_init_cfg_of_other_models_is_left_to_mmengine(tmp_path):
 def test_init_cfg_with_fields_of_another_initializer_says_where_they_come_from():
     """A child config's `init_cfg` is merged with its parent's, here that of the quickstart."""
     fields = dict(type="Xavier", layer="Linear") | dict(type="Pretrained", checkpoint="weights.pth")
-    message = r"'Pretrained', ...\) of weights.pth has the fields layer; expected checkpoint, prefix.*_delete_=True"
+    message = r"'Pretrained', ...\) of weights.pth has the fields layer; expected only checkpoint, .*_delete_=True"
     with pytest.raises(ValueError, match=message):
         Sequential(torch.nn.Linear(1, 2), init_cfg=fields).init_weights()

@@ -81,7 +81,7 @@ def test_other_dilations_than_those_of_the_training_are_told(tmp_path):
     checkpoint = written(tmp_path, dict(type="DiNAT", dilations=trained), DiNAT(**TINY).state_dict())
     assert check_fits(DiNAT(**TINY, dilations=trained), checkpoint) == []
     (note,) = check_fits(NAT(**TINY), checkpoint)
-    assert f"was trained as DiNAT with dilations {trained}, and this model has" in note
+    assert f"was trained as DiNAT with dilations {trained}, but this model has" in note
     assert "[[2]" in checkpoints.inspect(checkpoint.path)
 
 

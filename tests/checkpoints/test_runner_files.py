@@ -1,6 +1,7 @@
 """What mmengine loads by itself: training states that resume, old files, and no code."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -157,7 +158,9 @@ def test_a_checkpoint_is_removed_when_the_one_that_replaces_it_is_there(tmp_path
 def test_what_a_killed_process_left_is_removed(tmp_path):
     with subprocess.Popen([sys.executable, "-c", ""]) as dead:
         pass
-    for process in (dead.pid, os.getppid()):
-        (tmp_path / f".iter_1.pth.{process}.part").write_bytes(b"half")
+    here, elsewhere = f".iter_1.pth.{platform.node()}-", ".iter_1.pth.elsewhere-"
+    for part in (f"{here}{dead.pid}.part", f"{here}{os.getppid()}.part", f"{elsewhere}{dead.pid}.part"):
+        (tmp_path / part).write_bytes(b"half")
     save_checkpoint(dict(state_dict={}), str(tmp_path / "iter_1.pth"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f".iter_1.pth.{os.getppid()}.part", "iter_1.pth"]
+    left = {f"{here}{os.getppid()}.part", f"{elsewhere}{dead.pid}.part", "iter_1.pth"}
+    assert {path.name for path in tmp_path.iterdir()} == left

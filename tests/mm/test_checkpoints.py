@@ -216,27 +216,51 @@ def test_nothing_to_start_from_is_an_error(tmp_path, model):
 
 
 SETTINGS = """
-optim_wrapper = dict(optimizer=dict(lr=0.01, momentum=0.9, type='SGD'), clip_grad=None, type='OptimWrapper')
-param_scheduler = [dict(begin=0, by_epoch=False, end=4, type='LinearLR')]
-train_cfg = dict(max_iters=4, type='IterBasedTrainLoop')
+optim_wrapper = dict(
+    type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01), clip_grad=dict(max_norm=1.0, norm_type=float('inf')),
+    paramwise_cfg=dict(custom_keys={'backbone.a': dict(lr_mult=0.1)}))
+param_scheduler = [dict(type='LinearLR', begin=0, by_epoch=False, end=4)]
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=4)
 """
 
 
 def test_settings_that_a_resumed_run_does_not_take_from_the_config(tmp_path, model):
-    last = save(tmp_path / "iter_4.pth", model, meta=dict(experiment_name="ours", cfg=SETTINGS))
+    saved = Config.fromstring(SETTINGS, ".py").pretty_text  # as MMEngine keeps it
+    last = save(tmp_path / "iter_4.pth", model, meta=dict(experiment_name="ours", cfg=saved))
 
-    def resume(text):
-        return check_work_dir(config(tmp_path, resume=True, **Config.fromstring(text, ".py")._cfg_dict), model)
+    def resume(*changes):
+        cfg = Config.fromstring(SETTINGS, ".py")
+        for key, value in changes:
+            cfg.merge_from_dict({key: value})
+        return check_work_dir(config(tmp_path, resume=True, **cfg._cfg_dict), model)
 
-    assert resume(SETTINGS) == []
-    assert resume(SETTINGS.replace("clip_grad=None", "clip_grad=dict(max_norm=1)")) == []
-    assert resume(SETTINGS.replace("max_iters=4", "max_iters=8")) == []
-    rate, end = resume(SETTINGS.replace("0.01", "0.02").replace("end=4", "end=8"))
+    optimizer = "optim_wrapper.optimizer"
+    assert resume() == resume(("optim_wrapper.clip_grad.max_norm", 2.0), ("train_cfg.max_iters", 8)) == []
+    assert resume((f"{optimizer}.type", torch.optim.SGD), ("optim_wrapper.type", "AmpOptimWrapper")) == []
+    rate, end = resume(
+        ("optim_wrapper.type", "AmpOptimWrapper"), (f"{optimizer}.lr", 0.02), ("param_scheduler.0.end", 8)
+    )
     assert rate.startswith("optim_wrapper.optimizer.lr is 0.02 now, but the resumed run keeps its old value, 0.01")
     assert end.startswith("param_scheduler.0.end is 8 now, but the resumed run keeps its old value, 4")
     assert f"load_from={last}" in rate
+    (rules,) = resume(("optim_wrapper.paramwise_cfg", dict(custom_keys={"backbone.a": dict(lr_mult=0.5)})))
+    assert rules.startswith("optim_wrapper.paramwise_cfg has changed")
+    (schedules,) = resume(("param_scheduler", [dict(type="ConstantLR")] * 2))
+    assert schedules.startswith("param_scheduler was ['LinearLR'] and is ['ConstantLR', 'ConstantLR'] now")
     with pytest.raises(ValueError, match=r"was trained with SGD, but optim_wrapper.optimizer is AdamW now"):
-        resume(SETTINGS.replace("momentum=0.9, type='SGD'", "type='AdamW'"))
+        resume((f"{optimizer}.type", "AdamW"))
+
+
+def test_settings_of_several_optimizers(tmp_path, model):
+    def wrappers(kind):
+        return dict(optim_wrapper=dict(constructor="Mine", a=dict(optimizer=dict(type="SGD")), b=dict(optimizer=kind)))
+
+    saved = Config(wrappers(dict(type="Adam", lr=1.0))).pretty_text
+    save(tmp_path / "iter_4.pth", model, meta=dict(experiment_name="ours", cfg=saved))
+    (note,) = check_work_dir(config(tmp_path, resume=True, **wrappers(dict(type="AdamW", lr=2.0))), model)
+    assert note.startswith("optim_wrapper.b.optimizer.lr is 2.0 now")
+    with pytest.raises(ValueError, match=r"optim_wrapper.b.optimizer is SGD now"):
+        check_work_dir(config(tmp_path, resume=True, **wrappers(dict(type="SGD", lr=1.0))), model)
 
 
 def test_classes_of_a_checkpoint(coco):

@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 from mmdet.datasets import CocoDataset
+from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, init_default_scope
 from mmseg.datasets import BaseSegDataset
 from PIL import Image
@@ -45,6 +46,38 @@ class Parts(CocoDataset):
             data_root=root, ann_file="annotations/instances_train2017.json", data_prefix=dict(img="train2017/"),
             metainfo=dict(classes=CocoDataset.METAINFO["classes"]), pipeline=pipeline,
         )  # fmt: skip
+
+
+@DATASETS.register_module()
+class Eager(CocoDataset):
+    """One that is not built without reading, nor without its pipeline."""
+
+    def __init__(self, pipeline: list, **kwargs):
+        assert pipeline[0]["type"] == "LoadImageFromFile"
+        super().__init__(pipeline=pipeline, lazy_init=False, **kwargs)
+
+
+@DATASETS.register_module()
+class OwnFormat(BaseDataset):
+    """One whose annotations nothing is known of, nor its constructor."""
+
+    METAINFO: ClassVar[dict] = dict(classes=CocoDataset.METAINFO["classes"])
+
+    def __init__(self, pipeline: list):
+        raise RuntimeError("not now")
+
+    def load_data_list(self):
+        return []
+
+
+def test_datasets_that_are_not_built_without_reading(coco):
+    cfg, root = coco
+    cfg.train_dataloader.dataset.type = "Eager"
+    assert check_data(cfg, TRAIN) == []
+    (root / "train2017" / "2.jpg").unlink()
+    assert f"{root / 'train2017' / '2.jpg'}: no such file" in message(ValueError, cfg)
+    cfg.train_dataloader.dataset = dict(type="OwnFormat", pipeline=cfg.train_dataloader.dataset.pipeline)
+    assert check_data(cfg, TRAIN) == []
 
 
 def test_datasets_that_set_their_fields_themselves(coco, ade):

@@ -212,9 +212,11 @@ def test_batch_norm_with_one_image():
 )
 def test_batch_norm_with_one_image_left_over(tmp_path, monkeypatch, images, batch_size, processes, fits):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setenv("SLURM_NTASKS", "7")  # an allocation in which torchrun runs
     cfg = segmentor(*ade_options(write_ade(tmp_path / "ade", train=images)))
     cfg.train_dataloader.update(batch_size=batch_size, sampler=dict(type="DefaultSampler", shuffle=True))
     fit_to_machine(cfg)
+    cfg.launcher = "pytorch"
     model, _ = check_model(cfg)
     if not fits:
         with pytest.raises(ValueError, match=f"the last of {images} images .* Set train_dataloader.drop_last=True"):

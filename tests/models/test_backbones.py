@@ -322,7 +322,7 @@ class Offset(nn.LayerNorm):
 
 
 class LowRank(torch.nn.Module):
-    """An adapter around a layer, without its attributes."""
+    """An adapter around a layer, without its attributes, which counts on a map."""
 
     def __init__(self, base: torch.nn.Linear):
         super().__init__()
@@ -331,21 +331,36 @@ class LowRank(torch.nn.Module):
         self.up = torch.nn.Linear(2, base.out_features)
 
     def forward(self, x):
+        _, _, _, _ = x.shape
         return self.base(x) + self.up(self.down(x))
 
 
+class Shifted(torch.nn.Linear):
+    """A layer with a bias of another name."""
+
+    def forward(self, x):
+        return super().forward(x) + 1.0
+
+
+@pytest.mark.parametrize("change", ["adapter", "subclass"])
 @pytest.mark.parametrize("size", [(64, 96), (20, 20)])
-def test_adapters_of_the_projection(size):
+def test_what_is_in_the_place_of_the_projection(change, size):
     """Small maps are padded, and their padding has what the projection makes of it as key and value."""
     model = NAT(embed_dim=16, depths=[1, 1], num_heads=[1, 2], kernel_size=7, out_indices=(0, 1)).eval()
     merged = copy.deepcopy(model)
     for level, other in zip(model.levels, merged.levels, strict=True):
-        adapter = level.blocks[0].attn.qkv = LowRank(level.blocks[0].attn.qkv)
-        qkv = other.blocks[0].attn.qkv
+        attention, qkv = level.blocks[0].attn, other.blocks[0].attn.qkv
+        if change == "adapter":
+            adapter = attention.qkv = LowRank(attention.qkv)
+            weight = adapter.base.weight + adapter.up.weight @ adapter.down.weight
+            bias = adapter.base.bias + adapter.up.weight @ adapter.down.bias + adapter.up.bias
+        else:
+            weight, bias = qkv.weight.clone(), qkv.bias + 1.0
+            attention.qkv = Shifted(qkv.in_features, qkv.out_features)
+            attention.qkv.load_state_dict(qkv.state_dict())
         with torch.no_grad():
-            torch.nn.init.normal_(adapter.base.bias)
-            qkv.weight.copy_(adapter.base.weight + adapter.up.weight @ adapter.down.weight)
-            qkv.bias.copy_(adapter.base.bias + adapter.up.weight @ adapter.down.bias + adapter.up.bias)
+            qkv.weight.copy_(weight)
+            qkv.bias.copy_(bias)
     image = torch.randn(1, 3, *size)
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
