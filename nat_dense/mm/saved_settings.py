@@ -41,7 +41,7 @@ def notes_of_settings(cfg: Config, checkpoint: Checkpoint) -> list[str]:
     instead = f"To change it, start from the weights: --cfg-options load_from={checkpoint.path}."
     notes = []
     old, new = dict(_wrappers(before)), dict(_wrappers(now))
-    for path in old.keys() & new.keys():
+    for path in sorted(old.keys() & new.keys()):
         kinds = [_kind(wrapper["optimizer"]) for wrapper in (old[path], new[path])]
         if kinds[0] != kinds[1] and not set(kinds) <= INTERCHANGEABLE:
             raise ValueError(
