@@ -81,9 +81,11 @@ class AtomicBackend(LocalBackend):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as part:
             part.write_bytes(obj)
-        self._replaced.discard(path.absolute())
-        while self._replaced:
-            self._replaced.pop().unlink(missing_ok=True)
+        path = path.absolute()
+        for old in [old for old in self._replaced if old.parent == path.parent]:  # others are another run's
+            self._replaced.remove(old)
+            if old != path:
+                old.unlink(missing_ok=True)
 
     def remove(self, filepath: str | Path) -> None:
         """Removes a file; a checkpoint only after the next one has been written."""

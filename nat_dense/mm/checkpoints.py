@@ -3,15 +3,15 @@
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from mmengine.config import Config
 from torch import nn
 
 from nat_dense.checkpoints import Checkpoint, runner_files
 from nat_dense.checkpoints.layout import unwrap
 from nat_dense.checkpoints.origin import origin_of
 from nat_dense.listing import listing
-from nat_dense.mm.sources import Source
+from nat_dense.mm.sources import sources_of
 from nat_dense.models.backbone import NeighborhoodBackbone
 
 
@@ -90,14 +90,12 @@ def _notes_of_dilations(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
     ]
 
 
-def check_classes(
-    model: Mapping[str, Any], source: Source | None, checkpoint: Checkpoint, *, keeps_order: bool = True
-) -> list[str]:
+def check_classes(cfg: Config, loader: str, checkpoint: Checkpoint, *, keeps_order: bool = True) -> list[str]:
     """Checks that a checkpoint was trained with a dataset's classes, if it names those that it was trained with.
 
     Args:
-        model: the model's config; a model that matches texts has no order of classes.
-        source: the dataset; None if it isn't known.
+        cfg: the config; a model that matches texts has no order of classes.
+        loader: which dataloader has the dataset, of several the first.
         checkpoint: what `nat_dense.checkpoints.read` returned.
         keeps_order: whether the model's outputs must keep their meaning; not if training starts from the weights.
 
@@ -110,7 +108,9 @@ def check_classes(
     meta = checkpoint.extras.get("meta")
     named = meta.get("dataset_meta") if isinstance(meta, Mapping) else None
     trained = {str(key).lower(): value for key, value in (named or {}).items()}.get("classes") or ()  # once in capitals
-    if source is None or not trained or isinstance(trained, str) or model.get("language_model"):
+    source = next(sources_of((cfg.get(loader) or {}).get("dataset"), f"{loader}.dataset"), None)
+    matches_texts = (cfg.get("model") or {}).get("language_model")
+    if source is None or not trained or isinstance(trained, str) or matches_texts:
         return []
     trained, ours = [str(name) for name in trained], list(source.classes)
     if not ours or trained == ours:

@@ -13,7 +13,6 @@ from nat_dense.files import check_can_be_folder
 from nat_dense.mm.checkpoints import check_classes, check_fits, check_start
 from nat_dense.mm.errors import naming
 from nat_dense.mm.saved_settings import notes_of_settings
-from nat_dense.mm.sources import sources_of
 
 EXPERIMENT_TIME = re.compile(r"_\d{8}_\d{6}$")
 """MMEngine names an experiment after its config file and the time of its start."""
@@ -22,7 +21,7 @@ STEP = re.compile(r"(?:iter|epoch)_(\d+)\.pth")
 """How MMEngine names the checkpoints of a run."""
 
 
-class GoOnHere(Hook):
+class StayInWorkDir(Hook):
     """Keeps a resumed run to its own folder, and its checkpoint to data."""
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
@@ -93,7 +92,6 @@ def check_work_dir(cfg: Config, model: nn.Module, *, trust: bool = False) -> lis
         if folder and "://" not in str(folder):
             with naming(f"{name}={str(folder)!r}"):
                 check_can_be_folder(Path(folder))
-    trained = next(sources_of((cfg.get("train_dataloader") or {}).get("dataset"), "train_dataloader.dataset"), None)
     present = sorted(path.name for path in work_dir.glob("*.pth"))
     if not resume:
         if present:
@@ -104,8 +102,7 @@ def check_work_dir(cfg: Config, model: nn.Module, *, trust: bool = False) -> lis
         if not named:
             return []
         checkpoint = read(fetch(named), trust=trust)
-        node = cfg.get("model") or {}
-        return check_start(model, checkpoint) + check_classes(node, trained, checkpoint, keeps_order=False)
+        return check_start(model, checkpoint) + check_classes(cfg, "train_dataloader", checkpoint, keeps_order=False)
     if named and present and Path(named).resolve().parent != work_dir.resolve():
         raise ValueError(
             f"{_holding(work_dir, present)}, which a run resumed from {str(named)!r} could overwrite. Choose another "
@@ -131,7 +128,7 @@ def check_work_dir(cfg: Config, model: nn.Module, *, trust: bool = False) -> lis
         _check_same_experiment(cfg, checkpoint.extras["meta"].get("experiment_name", ""), source)
     return [
         *check_fits(model, checkpoint),
-        *check_classes(cfg.get("model") or {}, trained, checkpoint),
+        *check_classes(cfg, "train_dataloader", checkpoint),
         *notes_of_settings(cfg, checkpoint),
         *_notice_of_end(cfg, checkpoint.extras["meta"], source),
     ]

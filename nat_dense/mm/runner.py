@@ -24,8 +24,7 @@ from nat_dense.mm.model_checks import check_last_batch, check_model, fetch_initi
 from nat_dense.mm.options import enable_tta
 from nat_dense.mm.pipelines import check_transforms
 from nat_dense.mm.processes import join_on_cpus, let_first_write_metrics
-from nat_dense.mm.resuming import GoOnHere, check_work_dir
-from nat_dense.mm.sources import sources_of
+from nat_dense.mm.resuming import StayInWorkDir, check_work_dir
 from nat_dense.mm.training_checks import check_training
 
 
@@ -76,8 +75,7 @@ def build_runner(
     elif cfg.get("load_from"):
         cfg.load_from = str(fetch(cfg.load_from))
         checkpoint = read(cfg.load_from, trust=trust)
-        tested = next(sources_of(cfg.test_dataloader.dataset, "test_dataloader.dataset"), None)
-        notices += check_fits(model, checkpoint) + check_classes(cfg.model, tested, checkpoint)
+        notices += check_fits(model, checkpoint) + check_classes(cfg, "test_dataloader", checkpoint)
     del model
     if tta:
         notices += enable_tta(cfg)
@@ -89,7 +87,7 @@ def build_runner(
     _name_visualizer(cfg)
     join_on_cpus(cfg)
     runner: Any = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
-    runner.register_hook(GoOnHere())
+    runner.register_hook(StayInWorkDir())
     if training and read_choices(cfg)["validation"] == "try":
         runner.register_hook(TryValidation())
     let_first_write_metrics(runner)

@@ -41,7 +41,7 @@ def _pair(name: str, value: int | Pair) -> Pair:
     if type(value) is int:
         return value, value
     pair = tuple(value) if isinstance(value, list | tuple) else (value, value)
-    if len(pair) != 2 or any(not isinstance(n, Integral) or isinstance(n, bool) for n in pair):
+    if len(pair) != 2 or any(not isinstance(n, (int, Integral)) or isinstance(n, bool) for n in pair):
         raise ValueError(f"{name}={value!r}: expected an int or a pair of ints (rows, columns)")
     return int(pair[0]), int(pair[1])
 

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +146,9 @@ def test_a_checkpoint_is_removed_when_the_one_that_replaces_it_is_there(tmp_path
         with pytest.raises(OSError, match="no space left"):
             save_checkpoint(dict(state_dict={}), str(new))
     assert torch.equal(load(old)["state_dict"]["a"], torch.ones(3))
+    save_checkpoint(dict(state_dict={}), str(tmp_path / "another run" / "iter_1.pth"))
+    assert old.is_file()
+    shutil.rmtree(tmp_path / "another run")
     save_checkpoint(dict(state_dict={}), str(new))
     assert sorted(tmp_path.iterdir()) == [new, other]
     backend.remove(str(new))

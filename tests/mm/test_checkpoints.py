@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmdet.datasets import CocoDataset
 from mmengine.config import Config
 from mmengine.model import BaseModule
 from mmengine.runner import CheckpointLoader, load_checkpoint
@@ -12,8 +13,7 @@ from torch import nn
 
 from nat_dense.checkpoints import Checkpoint
 from nat_dense.mm.checkpoints import check_classes, check_fits, refuse_pickled_code
-from nat_dense.mm.resuming import GoOnHere, check_work_dir, latest_checkpoint
-from nat_dense.mm.sources import sources_of
+from nat_dense.mm.resuming import StayInWorkDir, check_work_dir, latest_checkpoint
 
 
 class Payload:
@@ -93,7 +93,7 @@ def test_an_environment_that_demands_pickles_is_refused(monkeypatch):
 
 def test_config_text_in_a_checkpoint_is_dropped():
     checkpoint = dict(meta=dict(config="import os", epoch=3))
-    GoOnHere().after_load_checkpoint(None, checkpoint)
+    StayInWorkDir().after_load_checkpoint(None, checkpoint)
     assert checkpoint == dict(meta=dict(epoch=3))
 
 
@@ -265,12 +265,11 @@ def test_settings_of_several_optimizers(tmp_path, model):
 
 def test_classes_of_a_checkpoint(coco):
     cfg, _ = coco
-    (source,) = sources_of(cfg.test_dataloader.dataset, "test_dataloader.dataset")
-    names = list(source.classes)
+    names = list(CocoDataset.METAINFO["classes"])
 
-    def check(classes, node=cfg.model, key="classes", **options):
+    def check(classes, key="classes", **options):
         extras = dict(meta=dict(dataset_meta={key: classes}))
-        return check_classes(node, source, Checkpoint(Path("x.pth"), "torch", {}, extras=extras), **options)
+        return check_classes(cfg, "test_dataloader", Checkpoint(Path("x.pth"), "torch", {}, extras=extras), **options)
 
     assert check(tuple(names)) == check(names, key="CLASSES") == check(None) == []
     permuted = [*names[:3], names[4], names[3], *names[5:]]
@@ -280,4 +279,5 @@ def test_classes_of_a_checkpoint(coco):
     assert "another order" in note
     (note,) = check(["cat", *names[1:]])
     assert "was trained with different classes than test_dataloader.dataset has: class 0 is 'cat' there" in note
-    assert check(permuted, dict(language_model=dict(type="BertModel"))) == []
+    cfg.model.language_model = dict(type="BertModel")
+    assert check(permuted) == []
